@@ -1,0 +1,1 @@
+"""HTTP, database, reconciler, command line and client. Never imports torch."""

@@ -1,0 +1,272 @@
+"""Settings of the algorithms: frozen pydantic models, validated once and never changed afterwards.
+
+Imports nothing heavier than pydantic, so that the API and the command line can check a job without torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class Config(BaseModel):
+    """Base of every setting: immutable, no unknown fields, field docstrings become the API's documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+# --------------------------------------------------------------------------------------------- objectives
+
+
+class CEObjective(Config):
+    """Cross-entropy: -log p."""
+
+    type: Literal["ce"] = "ce"
+
+
+class SEDObjective(Config):
+    """SED-SFT (arXiv 2602.07464): -log p + weight * M * (p - 1/2)^2 with M = 1 where the top-k mass is below tau."""
+
+    type: Literal["sed"] = "sed"
+    weight: Annotated[float, Field(ge=0, le=8)] = 1.0
+    """Lambda, the weight of the diversity term. Above 1 the optimum of an active token moves below p = 1."""
+    top_k: Annotated[int, Field(ge=1, le=8)] = 2
+    """How many of the largest next-token probabilities are summed to measure the exploration space."""
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """r, the share of calibration tokens, those with the largest top-k mass, that get no diversity term."""
+    tau: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Explicit threshold on the top-k mass. When set, nothing is calibrated and `mask_ratio` must be left out."""
+    mask: bool = True
+    """False gives the ablation "SED-SFT w/o mask": the term applies to every token (M = 1)."""
+
+    @model_validator(mode="after")
+    def _one_source_of_tau(self) -> SEDObjective:
+        given = self.model_fields_set
+        if self.tau is not None and "mask_ratio" in given:
+            raise ValueError("expected either tau or mask_ratio, got both; remove one of them")
+        if not self.mask and (self.tau is not None or "mask_ratio" in given):
+            raise ValueError("expected no tau and no mask_ratio with mask=false, since they would do nothing; remove them")
+        return self
+
+
+class DFTObjective(Config):
+    """Dynamic fine-tuning (arXiv 2508.05629): -sg(p) log p."""
+
+    type: Literal["dft"] = "dft"
+
+
+class GEMObjective(Config):
+    """GEM (arXiv 2408.16673): -sum_j q_j w_j (log p_y - log p_j) with q = sg(softmax(z / beta))."""
+
+    type: Literal["gem"] = "gem"
+    beta: Annotated[float, Field(gt=0, le=10)] = 0.7
+    """Temperature of q; 1 weights alternatives as the model does, smaller values sharpen."""
+    h: Literal["linear", "logsigmoid"] = "linear"
+    """Shape of the pairwise loss: w = 1, or w = sigmoid(0.01 (z_j - z_y))."""
+
+
+Objective = Annotated[CEObjective | SEDObjective | DFTObjective | GEMObjective, Field(discriminator="type")]
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+class DataConfig(Config):
+    """Rows of one file and how to read them."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A .jsonl, .json or .parquet file below one of the service's allowed roots."""
+    format: Literal["auto", "messages", "prompt_completion", "question_answer", "verl"] = "auto"
+    """Layout of a row. `auto` looks at the columns of the first row and refuses what fits more than one layout."""
+    system_prompt: str | None = None
+    """System turn put before every conversation that has none."""
+    max_rows: PositiveInt | None = None
+    """Read only the first rows of the file."""
+
+
+# ---------------------------------------------------------------------------------------------------- SFT
+
+
+class AdamWConfig(Config):
+    """AdamW with warm-up, then cosine decay or a constant rate, and clipping by global norm."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-5
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay rates of the first and the second moment."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the rate rises linearly from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """End of the cosine as a share of the peak rate; has no effect on, and must be left out of, a constant schedule."""
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm."""
+
+    @model_validator(mode="after")
+    def _ratio_needs_cosine(self) -> AdamWConfig:
+        if self.schedule == "constant" and "min_ratio" in self.model_fields_set:
+            raise ValueError("expected no min_ratio with schedule='constant', since it would do nothing; remove it")
+        return self
+
+
+Precision = Literal["bf16", "fp32"]
+
+
+class SFTConfig(Config):
+    """Supervised fine-tuning with one of the objectives."""
+
+    objective: Objective
+    """Loss per response token."""
+    data: DataConfig
+    """Training rows."""
+    calibration: DataConfig | None = None
+    """Held-out rows for tau, token statistics and the report's colouring. Default: the last 10% of `data` (at most
+    100 rows), which are then kept out of training."""
+    optimizer: AdamWConfig = AdamWConfig()
+    """Optimizer and schedule."""
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """Passes over the training rows. Exactly one of `epochs` and `steps` is given."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps. Rows are reshuffled each time they run out."""
+    batch_size: PositiveInt = 128
+    """Rows per optimizer step over all ranks and micro-batches."""
+    micro_batch_size: PositiveInt = 8
+    """Largest number of rows in one forward pass of one rank; does not change the result."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest row in tokens, prompt included."""
+    on_too_long: Literal["error", "drop"] = "error"
+    """What happens to a row longer than `max_length`: stop the job and list the rows, or drop and count them."""
+    precision: Precision = "bf16"
+    """Arithmetic of forward and backward; optimizer state and master weights are fp32 in both cases."""
+    seed: int = 42
+    """Seed of row order and dropout."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> SFTConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("expected exactly one of epochs and steps; give one of them")
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------- RL
+
+
+class RewardConfig(Config):
+    """How a response is scored: a registered scorer in a child process that can be killed."""
+
+    name: Literal["math", "countdown"] = "math"
+    """`math` compares the last boxed answer with the gold; `countdown` checks every step of a derivation."""
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """Wall time after which one scoring is killed; the sample gets the status `timeout` and leaves the loss."""
+    memory_mb: Annotated[int, Field(ge=256)] = 2048
+    """Address-space limit of a scoring process in MiB."""
+    max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """The job stops when more than this share of an iteration's samples has a status other than scored."""
+
+
+class SamplingConfig(Config):
+    """How responses are drawn."""
+
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Softmax temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus mass; 1 turns it off."""
+    max_tokens: PositiveInt = 1024
+    """Longest response in tokens."""
+
+
+class GRPOConfig(Config):
+    """Group-relative policy optimisation with clip-higher and a token-level loss."""
+
+    data: DataConfig
+    """Prompts with their gold answers."""
+    reward: RewardConfig = RewardConfig()
+    """Scorer of a response."""
+    iterations: PositiveInt
+    """Rounds of sample, score, update, sync."""
+    prompts_per_iteration: PositiveInt = 256
+    """Prompts drawn in one iteration."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses per prompt; their rewards are normalised within the group."""
+    mini_batch_prompts: PositiveInt = 32
+    """Prompts whose groups make one optimizer step."""
+    micro_batch_size: PositiveInt = 8
+    """Largest number of responses in one forward pass of one rank; does not change the result."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    """The ratio is clipped above at 1 + clip_high."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Sampling temperature; log-probabilities of sampler and trainer are taken at this temperature."""
+    max_tokens: PositiveInt = 1024
+    """Longest response in tokens; a response cut here counts as truncated."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Prompts longer than this are dropped and counted."""
+    optimizer: AdamWConfig = AdamWConfig(learning_rate=1e-6, schedule="constant")
+    """Optimizer and schedule, counted in optimizer steps."""
+    precision: Precision = "bf16"
+    """Arithmetic of forward and backward in the trainer, and of the sampler."""
+    max_logprob_gap: Annotated[float, Field(gt=0)] = 0.05
+    """Largest mean |log p(sampler) - log p(trainer)| of the probe after a weight sync; beyond it the job stops."""
+    probe_prompts: PositiveInt = 8
+    """Prompts of the probe that checks every weight sync."""
+    readiness_prompts: Annotated[int, Field(ge=0)] = 32
+    """Prompts sampled before the first update for the readiness figures; 0 skips them."""
+    seed: int = 42
+    """Seed of prompt order and sampling."""
+
+    @model_validator(mode="after")
+    def _mini_batches_fit(self) -> GRPOConfig:
+        if self.prompts_per_iteration % self.mini_batch_prompts:
+            raise ValueError(
+                f"expected prompts_per_iteration to be a multiple of mini_batch_prompts, got {self.prompts_per_iteration} "
+                f"and {self.mini_batch_prompts}; change one of them"
+            )
+        return self
+
+
+# --------------------------------------------------------------------------------------------- evaluation
+
+
+class Benchmark(Config):
+    """A file of `problem`, `answer` rows."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+    """Name in tables and figures."""
+    path: Annotated[str, Field(min_length=1)]
+    """A .jsonl or .parquet file with the columns `problem` and `answer`."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows."""
+
+
+class EvalConfig(Config):
+    """Accuracy and diversity over the same samples."""
+
+    benchmarks: Annotated[tuple[Benchmark, ...], Field(min_length=1)]
+    """Files to evaluate on."""
+    samples: Annotated[int, Field(ge=1, le=256)] = 8
+    """Responses per problem (n of Avg@n)."""
+    pass_k: tuple[PositiveInt, ...] = (1, 8)
+    """k of the unbiased pass@k estimates, each at most `samples`."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are drawn."""
+    reward: RewardConfig = RewardConfig()
+    """Scorer of a response."""
+    system_prompt: str | None = None
+    """System turn put before every problem."""
+    precision: Precision = "bf16"
+    """Arithmetic of the sampler."""
+    seed: int = 0
+    """Seed of sampling."""
+
+    @model_validator(mode="after")
+    def _checks(self) -> EvalConfig:
+        if self.pass_k and max(self.pass_k) > self.samples:
+            raise ValueError(f"expected every pass_k to be at most samples={self.samples}, got {max(self.pass_k)}")
+        names = [b.name for b in self.benchmarks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"expected benchmark names to differ, got {names}")
+        return self

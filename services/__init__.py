@@ -1,0 +1,1 @@
+"""Everything that knows Ray: job spec, driver, loops, actor groups and workers."""

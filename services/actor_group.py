@@ -1,0 +1,119 @@
+"""Spawn, call, watch and kill a group of equal actors.
+
+The first failure of any member ends a call at once, whatever the others do: in a collective they would wait forever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from services.errors import JobError, PhaseTimeout, WorkerDied
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """How one kind of actor is spawned: `role` gives the names `<role>-0`, `<role>-1`, ..."""
+
+    role: str
+    worker: type[Any]
+    count: int
+    cpus: float
+    gpus: int = 0
+    env: Mapping[str, str] = field(default_factory=dict)
+    max_concurrency: int = 1
+
+
+class ActorGroup:
+    """`count` actors of one class, each in its own bundle of the placement group.
+
+    The worker class is built with its index: `Worker(index)`. Actors are neither restarted nor detached: they die with
+    the driver, and a death is an error of the next call or `check`.
+    """
+
+    def __init__(self, spec: ActorSpec, placement: PlacementGroup, first_bundle: int) -> None:
+        self.role = spec.role
+        remote_class = ray.remote(spec.worker)
+        self.actors: list[ActorHandle[Any]] = [
+            remote_class.options(
+                name=f"{spec.role}-{index}",
+                num_cpus=spec.cpus,
+                num_gpus=spec.gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=spec.max_concurrency,
+                runtime_env={"env_vars": dict(spec.env)},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=placement,
+                    placement_group_bundle_index=first_bundle + index,
+                    placement_group_capture_child_tasks=True,
+                ),
+            ).remote(index)
+            for index in range(spec.count)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """Call `method(*args)` on every member; results in member order."""
+        return self.scatter(method, [args] * len(self.actors), timeout_s=timeout_s)
+
+    def call_one(self, index: int, method: str, *args: Any, timeout_s: float) -> Any:
+        """Call `method(*args)` on one member."""
+        return self.wait([getattr(self.actors[index], method).remote(*args)], [index], method, timeout_s)[0]
+
+    def scatter(self, method: str, args_per_member: Sequence[Sequence[Any]], *, timeout_s: float) -> list[Any]:
+        """Call `method` on every member with that member's arguments; results in member order."""
+        refs = [getattr(a, method).remote(*args) for a, args in zip(self.actors, args_per_member, strict=True)]
+        return self.wait(refs, list(range(len(self.actors))), method, timeout_s)
+
+    def wait(self, refs: list[Any], members: list[int], method: str, timeout_s: float) -> list[Any]:
+        """Results of calls already made on `members`, in order.
+
+        Raises:
+            WorkerDied: a member's process ended.
+            PhaseTimeout: not all answered within `timeout_s` seconds.
+            JobError: as raised by the worker.
+        """
+        deadline = time.monotonic() + timeout_s
+        results: dict[Any, Any] = {}
+        pending = list(refs)
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = [f"{self.role}-{members[refs.index(ref)]}" for ref in pending]
+                raise PhaseTimeout(
+                    f"expected {method} to end within {timeout_s:.0f} s, {', '.join(late)} did not answer; "
+                    "look at its stack in the Ray dashboard, or raise the limit if the work is simply that long"
+                )
+            for ref in ready:
+                results[ref] = self._result(ref, f"{self.role}-{members[refs.index(ref)]}", method)
+        return [results[ref] for ref in refs]
+
+    def _result(self, ref: Any, name: str, method: str) -> Any:
+        try:
+            return ray.get(ref)
+        except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
+            raise WorkerDied(
+                f"expected {name} to answer {method}, its process ended: {str(error).strip().splitlines()[-1]}. "
+                "Look at its log (memory limit, signal, node loss), then submit the job again"
+            ) from error
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, JobError):
+                raise cause from None
+            raise
+
+    def kill(self) -> None:
+        """End every member's process."""
+        for actor in self.actors:
+            ray.kill(actor, no_restart=True)

@@ -1,0 +1,211 @@
+"""The job spec: what a user posts, what the API validates and what the driver runs. Pydantic only, no torch.
+
+A job is one stage (`sft`, `rl`, `eval`) or a `pipeline` of stages in order. A stage starts from a model folder or from the
+checkpoint that an earlier stage left.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, TypeAdapter, model_validator
+
+from sedsft.config import Config, EvalConfig, GRPOConfig, SFTConfig
+
+Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+
+
+class ModelRef(Config):
+    """Where a stage's weights and tokenizer come from: exactly one of `path` and `stage`."""
+
+    path: str | None = None
+    """A Hugging Face model folder with safetensors below one of the service's allowed roots."""
+    stage: Name | None = None
+    """Name of an earlier `sft` or `rl` stage of the same pipeline, whose last checkpoint is used."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelRef:
+        if (self.path is None) == (self.stage is None):
+            raise ValueError('expected exactly one of {"path": ...} and {"stage": ...}')
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- resources
+
+
+class TrainerResources(Config):
+    """Data-parallel DeepSpeed ranks, one actor each."""
+
+    workers: PositiveInt = 1
+    """Number of ranks."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores reserved per rank; its PyTorch threads are this number, rounded down, at least 1."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 trains on a GPU with NCCL, 0 on CPU with gloo."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+
+
+class RolloutResources(Config):
+    """vLLM engines, one actor each."""
+
+    workers: PositiveInt = 1
+    """Number of engines."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores reserved per engine; its threads are this number, rounded down, at least 1."""
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    """GPUs per engine, 0 or equal to `tensor_parallel`."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that one engine's layers are split over."""
+    max_model_len: Annotated[int, Field(ge=16)] = 4096
+    """Longest prompt plus response, in tokens; the model's own limit applies where it is shorter."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences that one engine decodes at the same time."""
+    cpu_kv_cache_gb: PositiveInt = 1
+    """Memory for keys and values of an engine on CPU, in GiB. On GPU vLLM sizes it from `gpu_memory_utilization`."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=0.98)] = 0.85
+    """Share of each GPU's memory an engine may take."""
+
+    @model_validator(mode="after")
+    def _parallel_fits(self) -> RolloutResources:
+        if self.gpus_per_worker not in (0, self.tensor_parallel):
+            raise ValueError(
+                f"expected gpus_per_worker to be 0 or equal to tensor_parallel={self.tensor_parallel}, got {self.gpus_per_worker}"
+            )
+        if self.tensor_parallel > 1 and self.gpus_per_worker == 0:
+            raise ValueError(f"expected tensor_parallel=1 on CPU, got {self.tensor_parallel}; set gpus_per_worker as well")
+        return self
+
+
+class ScorerResources(Config):
+    """Reward workers, one actor each, every one with its own killable scoring processes."""
+
+    workers: PositiveInt = 1
+    """Number of actors."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores reserved per actor."""
+    processes: PositiveInt = 2
+    """Scoring processes of one actor."""
+
+
+# ------------------------------------------------------------------------------------------------- stages
+
+
+class SFTStage(Config):
+    """Supervised fine-tuning: calibrate tau on the starting model, train, save a checkpoint."""
+
+    type: Literal["sft"] = "sft"
+    name: Name = "sft"
+    """Name of the stage; later stages refer to it."""
+    model: ModelRef
+    """Starting model."""
+    sft: SFTConfig
+    """Objective, data and optimizer."""
+    trainer: TrainerResources = TrainerResources()
+    """Ranks of the trainer."""
+
+
+class RLStage(Config):
+    """GRPO: readiness figures, then rounds of sample, score, update, verified weight sync."""
+
+    type: Literal["rl"] = "rl"
+    name: Name = "rl"
+    """Name of the stage; later stages refer to it."""
+    model: ModelRef
+    """Starting model."""
+    grpo: GRPOConfig
+    """Data, reward, sampling and optimizer."""
+    trainer: TrainerResources = TrainerResources()
+    """Ranks of the trainer."""
+    rollout: RolloutResources = RolloutResources()
+    """Engines that sample."""
+    scorer: ScorerResources = ScorerResources()
+    """Reward workers."""
+
+
+class EvalStage(Config):
+    """Accuracy and diversity of one or more models on the same benchmarks with the same seeds."""
+
+    type: Literal["eval"] = "eval"
+    name: Name = "eval"
+    """Name of the stage."""
+    models: Annotated[dict[Name, ModelRef], Field(min_length=1)]
+    """Models by the name they carry in the tables."""
+    eval: EvalConfig
+    """Benchmarks, sampling and metrics."""
+    rollout: RolloutResources = RolloutResources()
+    """Engines that sample."""
+    scorer: ScorerResources = ScorerResources()
+    """Reward workers."""
+
+
+Stage = Annotated[SFTStage | RLStage | EvalStage, Field(discriminator="type")]
+
+# --------------------------------------------------------------------------------------------------- jobs
+
+
+class JobFields(Config):
+    """What every job has beside its stages."""
+
+    name: Name = "job"
+    """Name for people; need not be unique. A job of one stage gives it to the stage too."""
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] = {}
+    """Up to 16 labels of the user's own."""
+    deadline_s: Annotated[int, Field(ge=10)] = 7 * 24 * 3600
+    """Seconds after its start at which a job that still runs is stopped and fails with `deadline`."""
+
+
+class SFTJob(SFTStage, JobFields):
+    """A job of one SFT stage."""
+
+    name: Name = "sft"
+
+
+class RLJob(RLStage, JobFields):
+    """A job of one RL stage."""
+
+    name: Name = "rl"
+
+
+class EvalJob(EvalStage, JobFields):
+    """A job of one evaluation stage."""
+
+    name: Name = "eval"
+
+
+class PipelineJob(JobFields):
+    """Stages that run one after the other, each from a model folder or from an earlier stage's checkpoint."""
+
+    type: Literal["pipeline"]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=64)]
+    """The stages in order."""
+
+    @model_validator(mode="after")
+    def _references(self) -> PipelineJob:
+        seen: dict[str, str] = {}
+        for index, stage in enumerate(self.stages):
+            if stage.name in seen:
+                raise ValueError(f"stages[{index}]: expected stage names to differ, got {stage.name!r} twice")
+            for ref in model_refs(stage):
+                if ref.stage is not None and seen.get(ref.stage) not in ("sft", "rl"):
+                    trained = [name for name, kind in seen.items() if kind in ("sft", "rl")]
+                    raise ValueError(
+                        f"stages[{index}] ({stage.name!r}): expected model.stage to name an earlier sft or rl stage "
+                        f"({', '.join(trained) or 'there is none yet'}), got {ref.stage!r}"
+                    )
+            seen[stage.name] = stage.type
+        return self
+
+
+JobSpec = Annotated[SFTJob | RLJob | EvalJob | PipelineJob, Field(discriminator="type")]
+JOB_SPEC: TypeAdapter[SFTJob | RLJob | EvalJob | PipelineJob] = TypeAdapter(JobSpec)
+
+
+def stages_of(spec: JobSpec) -> tuple[SFTStage | RLStage | EvalStage, ...]:
+    """The stages of a job in order; a job of one stage is that stage."""
+    return spec.stages if isinstance(spec, PipelineJob) else (spec,)
+
+
+def model_refs(stage: SFTStage | RLStage | EvalStage) -> tuple[ModelRef, ...]:
+    """The models a stage starts from."""
+    return tuple(stage.models.values()) if isinstance(stage, EvalStage) else (stage.model,)

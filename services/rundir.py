@@ -1,0 +1,157 @@
+"""Folder of one attempt of a job: the channel from the driver to the API, and all that a job leaves behind.
+
+    <runs>/<job id>/spec.json                  resolved spec, written by the API before anything starts
+    <runs>/<job id>/attempt-<n>/
+        events.jsonl                           {"seq", "time", "kind", "message", "data"}, seq gap-free from 1
+        metrics.jsonl                          {"time", "stage", "step", "values"}
+        status.json                            phase, progress and heartbeat, replaced atomically every few seconds
+        result.json                            terminal record, written once and last
+        driver.log                             what the driver and its workers print
+        report.html
+        stages/<stage>/checkpoints/step-<n>/   MANIFEST.json, weights, tokenizer
+        stages/<stage>/*.json                  tables and samples of the stage
+
+One process, the driver, writes; any number read. The API can be down meanwhile: it reads on from where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is: `step` of `steps` in stage number `stage_index` (from 0) of `num_stages`."""
+
+    stage: str = ""
+    stage_index: int = 0
+    num_stages: int = 1
+    phase: str = "starting"
+    step: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class StatusReason:
+    """Why a job ended: stable code, message that says what was expected, what came and what to do."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """A published checkpoint, as the API lists it."""
+
+    stage: str
+    step: int
+    path: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Terminal record of an attempt."""
+
+    status: Literal["succeeded", "failed", "cancelled"]
+    reason: StatusReason | None = None
+    checkpoints: tuple[CheckpointRecord, ...] = ()
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunWriter:
+    """The driver's side. Safe to call from several threads of one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._seq = sum(1 for _ in read_lines(folder / "events.jsonl"))
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        """Append one event; on disk when this returns."""
+        with self._lock:
+            self._seq += 1
+            record = {"seq": self._seq, "time": time.time(), "kind": kind, "message": message, "data": data}
+            self._events.write(json.dumps(record) + "\n")
+            self._events.flush()
+            os.fsync(self._events.fileno())
+
+    def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Append the figures of one step."""
+        with self._lock:
+            self._metrics.write(json.dumps({"time": time.time(), "stage": stage, "step": step, "values": values}) + "\n")
+            self._metrics.flush()
+
+    def status(self, progress: Progress) -> None:
+        """Publish progress; its `heartbeat` tells that the driver lives."""
+        record = {"heartbeat": time.time(), "pid": os.getpid(), "progress": asdict(progress)}
+        write_atomically(self.folder / "status.json", json.dumps(record))
+
+    def result(self, result: Result) -> None:
+        """Write the terminal record, once."""
+        path = self.folder / "result.json"
+        if path.exists():
+            raise RuntimeError(f"expected one terminal record per attempt, {path} exists")
+        write_atomically(path, json.dumps(asdict(result), indent=1))
+
+    def close(self) -> None:
+        """Close the files."""
+        self._events.close()
+        self._metrics.close()
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Complete JSON lines from byte `offset` on, each with the offset after it; an unfinished last line is left for later."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield json.loads(line), offset
+
+
+def read_status(folder: Path) -> tuple[Progress, float] | None:
+    """Progress and the time of the last heartbeat; None before the first."""
+    try:
+        record = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return Progress(**record["progress"]), float(record["heartbeat"])
+
+
+def read_result(folder: Path) -> Result | None:
+    """The terminal record; None while the attempt has not ended by itself."""
+    try:
+        record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    reason = record["reason"]
+    return Result(
+        status=record["status"],
+        reason=StatusReason(**reason) if reason else None,
+        checkpoints=tuple(CheckpointRecord(**c) for c in record["checkpoints"]),
+        stage_seconds=record["stage_seconds"],
+    )
