@@ -252,13 +252,15 @@ class EvalConfig(Config):
     pass_k: tuple[PositiveInt, ...] = (1, 8)
     """k of the unbiased pass@k estimates, each at most `samples`."""
     sampling: SamplingConfig = SamplingConfig()
-    """How responses are drawn."""
+    """Temperature, nucleus and length of the responses."""
     reward: RewardConfig = RewardConfig()
     """Scorer of a response."""
     system_prompt: str | None = None
     """System turn put before every problem."""
     precision: Precision = "bf16"
     """Arithmetic of the sampler."""
+    max_logprob_gap: Annotated[float, Field(gt=0)] = 0.05
+    """Largest mean |log p(sampler) - log p(transformers)| of the probe after a model is loaded; beyond it the job stops."""
     seed: int = 0
     """Seed of sampling."""
 

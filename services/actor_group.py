@@ -18,10 +18,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from services.errors import JobError, PhaseTimeout, WorkerDied
 
+DEATH_GRACE_S = 5.0
+
 
 @dataclass(frozen=True)
 class ActorSpec:
-    """How one kind of actor is spawned: `role` gives the names `<role>-0`, `<role>-1`, ..."""
+    """How one kind of actor is spawned: `role` gives the names `<role>-0`, `<role>-1`, ...
+
+    The driver imports `worker`'s module too, so it must not load DeepSpeed or vLLM at its top.
+    """
 
     role: str
     worker: type[Any]
@@ -69,12 +74,18 @@ class ActorGroup:
 
     def call_one(self, index: int, method: str, *args: Any, timeout_s: float) -> Any:
         """Call `method(*args)` on one member."""
-        return self.wait([getattr(self.actors[index], method).remote(*args)], [index], method, timeout_s)[0]
+        return self.wait([self.start(index, method, *args)], [index], method, timeout_s)[0]
 
     def scatter(self, method: str, args_per_member: Sequence[Sequence[Any]], *, timeout_s: float) -> list[Any]:
         """Call `method` on every member with that member's arguments; results in member order."""
-        refs = [getattr(a, method).remote(*args) for a, args in zip(self.actors, args_per_member, strict=True)]
+        if len(args_per_member) != len(self.actors):
+            raise ValueError(f"expected arguments for {len(self.actors)} members of {self.role}, got {len(args_per_member)}")
+        refs = [self.start(index, method, *args) for index, args in enumerate(args_per_member)]
         return self.wait(refs, list(range(len(self.actors))), method, timeout_s)
+
+    def start(self, index: int, method: str, *args: Any) -> Any:
+        """Begin a call on one member; `wait` gives its result."""
+        return getattr(self.actors[index], method).remote(*args)
 
     def wait(self, refs: list[Any], members: list[int], method: str, timeout_s: float) -> list[Any]:
         """Results of calls already made on `members`, in order.
@@ -95,9 +106,25 @@ class ActorGroup:
                     f"expected {method} to end within {timeout_s:.0f} s, {', '.join(late)} did not answer; "
                     "look at its stack in the Ray dashboard, or raise the limit if the work is simply that long"
                 )
-            for ref in ready:
-                results[ref] = self._result(ref, f"{self.role}-{members[refs.index(ref)]}", method)
+            name = f"{self.role}-{members[refs.index(ready[0])]}"
+            try:
+                results[ready[0]] = self._result(ready[0], name, method)
+            except RayTaskError:
+                self._raise_first_death(refs, members, method)
+                raise
         return [results[ref] for ref in refs]
+
+    def _raise_first_death(self, refs: list[Any], members: list[int], method: str) -> None:
+        """A member whose peer died reports a broken collective, often before Ray reports the death: name the death."""
+        deadline = time.monotonic() + DEATH_GRACE_S
+        pending = list(refs)
+        while pending and time.monotonic() < deadline:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            for ref in ready:
+                try:
+                    self._result(ref, f"{self.role}-{members[refs.index(ref)]}", method)
+                except RayTaskError:
+                    continue
 
     def _result(self, ref: Any, name: str, method: str) -> Any:
         try:

@@ -70,7 +70,7 @@ class RolloutResources(Config):
     def _parallel_fits(self) -> RolloutResources:
         if self.gpus_per_worker not in (0, self.tensor_parallel):
             raise ValueError(
-                f"expected gpus_per_worker to be 0 or equal to tensor_parallel={self.tensor_parallel}, got {self.gpus_per_worker}"
+                f"expected gpus_per_worker to be 0 or tensor_parallel={self.tensor_parallel}, got {self.gpus_per_worker}"
             )
         if self.tensor_parallel > 1 and self.gpus_per_worker == 0:
             raise ValueError(f"expected tensor_parallel=1 on CPU, got {self.tensor_parallel}; set gpus_per_worker as well")
@@ -148,8 +148,8 @@ class JobFields(Config):
     """What every job has beside its stages."""
 
     name: Name = "job"
-    """Name for people; need not be unique. A job of one stage gives it to the stage too."""
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] = {}
+    """Name for people; need not be unique."""
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] = Field(default_factory=dict)
     """Up to 16 labels of the user's own."""
     deadline_s: Annotated[int, Field(ge=10)] = 7 * 24 * 3600
     """Seconds after its start at which a job that still runs is stopped and fails with `deadline`."""
@@ -159,18 +159,21 @@ class SFTJob(SFTStage, JobFields):
     """A job of one SFT stage."""
 
     name: Name = "sft"
+    """Name of the job and of its stage; need not be unique."""
 
 
 class RLJob(RLStage, JobFields):
     """A job of one RL stage."""
 
     name: Name = "rl"
+    """Name of the job and of its stage; need not be unique."""
 
 
 class EvalJob(EvalStage, JobFields):
     """A job of one evaluation stage."""
 
     name: Name = "eval"
+    """Name of the job and of its stage; need not be unique."""
 
 
 class PipelineJob(JobFields):

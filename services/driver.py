@@ -1,0 +1,129 @@
+"""Entrypoint of a job: walk its stages in order and leave a terminal record, whatever happens.
+
+    python -m services.driver <attempt folder>
+
+The folder's parent holds spec.json. A SIGTERM cancels: workers are ended, the record says `cancelled`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import IO, TextIO
+
+import ray
+
+from sedsft.data import DataFileError, TokenizerError
+from services.errors import DataError, JobError, ModelError
+from services.jobspec import JOB_SPEC, EvalStage, JobSpec, RLStage, SFTStage, stages_of
+from services.loops.engines import Engines
+from services.loops.evaluate import run_evaluation
+from services.loops.grpo import run_grpo
+from services.loops.sft import run_sft
+from services.report import build_report
+from services.run import Run
+from services.rundir import StatusReason
+
+
+class Cancelled(BaseException):
+    """SIGTERM arrived. Not an Exception, so that no handler on the way takes it for a failure."""
+
+
+class _Tee:
+    """Text stream that also writes to the attempt's log, so that logs outlive the Ray cluster."""
+
+    def __init__(self, stream: TextIO, file: IO[str]) -> None:
+        self._stream, self._file = stream, file
+
+    def write(self, text: str) -> int:
+        self._file.write(text)
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def walk(run: Run) -> None:
+    """SFT -> readiness -> RL -> evaluation, or whichever stages the job names."""
+    stages = stages_of(run.spec)
+    with Engines(run) as engines:
+        for index, stage in enumerate(stages):
+            with run.stage(index, stage.name) as folder:
+                match stage:
+                    case SFTStage():
+                        engines.release()
+                        run_sft(run, stage, folder)
+                    case RLStage():
+                        run_grpo(run, stage, folder, engines)
+                    case EvalStage():
+                        run_evaluation(run, stage, folder, engines)
+
+
+def main(folder: Path) -> int:
+    """Run the job of `folder`; 0 when it succeeded, 1 when it failed, 2 when it was cancelled."""
+    log_file = (folder / "driver.log").open("a", encoding="utf-8", buffering=1)
+    sys.stdout, sys.stderr = _Tee(sys.stdout, log_file), _Tee(sys.stderr, log_file)  # type: ignore[assignment]
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, _cancel)
+    spec: JobSpec = JOB_SPEC.validate_json((folder.parent / "spec.json").read_text(encoding="utf-8"))
+    ray.init(address="auto", namespace=folder.parent.name, log_to_driver=True, logging_level=logging.WARNING)
+    run = Run(folder, spec)
+    try:
+        walk(run)
+        outcome: tuple[str, StatusReason | None, int] = ("succeeded", None, 0)
+    except Cancelled:
+        outcome = ("cancelled", StatusReason("cancelled", "stopped on request; checkpoints published before stay"), 2)
+    except Exception as error:  # noqa: BLE001 - the process border: whatever it was becomes the job's reason
+        traceback.print_exc()
+        outcome = ("failed", reason_of(error), 1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return _end(run, *outcome)
+
+
+def reason_of(error: Exception) -> StatusReason:
+    """Cause code and message of a failure."""
+    match error:
+        case JobError():
+            return StatusReason(error.code, error.message)
+        case DataFileError():
+            return StatusReason(DataError.code, str(error))
+        case TokenizerError():
+            return StatusReason(ModelError.code, str(error))
+        case _:
+            return StatusReason(JobError.code, f"{type(error).__name__}: {error}; the job's log has the traceback")
+
+
+def _end(run: Run, status: str, reason: StatusReason | None, exit_code: int) -> int:
+    if reason is not None:
+        run.event(status, reason.message, code=reason.code)
+    try:
+        build_report(run.folder, json.loads((run.folder.parent / "spec.json").read_text(encoding="utf-8")))
+    except Exception:  # noqa: BLE001 - a report that cannot be drawn must not cost the job its terminal record
+        run.event("report_failed", traceback.format_exc(limit=3))
+    run.finish(status, reason)
+    ray.shutdown()
+    return exit_code
+
+
+def _cancel(signum: int, frame: FrameType | None) -> None:
+    raise Cancelled
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]).resolve())
+    sys.stdout.flush()
+    # Native threads of torch or Ray may not end; the record is written, nothing else is to be done.
+    os._exit(code)

@@ -1,0 +1,129 @@
+"""Rollout engines and scorers of the current stage, kept for the next one when that needs just the same.
+
+Starting an engine takes far longer than loading weights into it, so consecutive `rl` and `eval` stages over one architecture
+share engines. Weights always arrive through a verified sync, so a reused engine cannot serve what it held before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from sedsft.config import Precision, RewardConfig, SamplingConfig
+from sedsft.records import Prompt, RolloutGroup, Score
+from services.actor_group import ActorGroup, ActorSpec
+from services.errors import RewardFailure
+from services.jobspec import RolloutResources, ScorerResources
+from services.placement import actor_groups
+from services.rollout.fleet import RolloutFleet, rollout_spec
+from services.run import Run
+from services.scoring.worker import ScoringWorker
+
+START_TIMEOUT_S = 1800.0
+GENERATE_TIMEOUT_S = 7200.0
+SCORE_TIMEOUT_S = 3600.0
+
+# Entries of config.json that say nothing about the shape of the weights.
+_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What a stage needs to sample and to score."""
+
+    model_path: Path
+    precision: Precision
+    seed: int
+    rollout: RolloutResources
+    scorer: ScorerResources
+    reward: RewardConfig
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for requests that can share engines."""
+        config = json.loads((self.model_path / "config.json").read_text(encoding="utf-8"))
+        shape = json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True)
+        digest = hashlib.sha256(shape.encode()).hexdigest()
+        return digest, self.precision, self.rollout, self.scorer, self.reward
+
+
+class Engines:
+    """At most one set of engines and scorers at a time."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._stack = ExitStack()
+        self._key: tuple[object, ...] | None = None
+        self._version = 0
+        self._fleet: RolloutFleet | None = None
+        self._scorers: ActorGroup | None = None
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """End engines and scorers and free what they reserved."""
+        self._stack.close()
+        self._key = self._fleet = self._scorers = None
+
+    def start(self, request: EngineRequest) -> RolloutFleet:
+        """Engines for `request`; those that run stay when they fit. They hold no known weights until a sync."""
+        key = request.key()
+        if self._fleet is not None and self._key == key:
+            return self._fleet
+        self.release()
+        scoring = ActorSpec("reward", ScoringWorker, request.scorer.workers, request.scorer.cpus_per_worker)
+        groups = self._stack.enter_context(actor_groups([rollout_spec(request.rollout), scoring], self._run.job_id))
+        self._scorers = groups[1]
+        reward = request.reward
+        self._scorers.call(
+            "start", reward.name, reward.timeout_s, reward.memory_mb, request.scorer.processes, timeout_s=START_TIMEOUT_S
+        )
+        fleet = RolloutFleet(groups[0], request.rollout)
+        fleet.start(str(request.model_path), request.precision, request.seed, timeout_s=START_TIMEOUT_S)
+        self._fleet, self._key = fleet, key
+        return fleet
+
+    def next_version(self) -> int:
+        """Number of the next weights; never used twice in a job."""
+        self._version += 1
+        return self._version
+
+    def sample(self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int) -> list[RolloutGroup]:
+        """`group_size` responses for each prompt, not yet scored."""
+        assert self._fleet is not None, "start engines first"
+        groups = self._fleet.generate(prompts, group_size, sampling, seed, timeout_s=GENERATE_TIMEOUT_S)
+        return [RolloutGroup(prompt, samples) for prompt, samples in zip(prompts, groups, strict=True)]
+
+    def score(self, groups: Sequence[RolloutGroup], max_error_share: float) -> list[RolloutGroup]:
+        """The groups with a score for every sample.
+
+        Raises:
+            RewardFailure: more than `max_error_share` of the samples could not be scored.
+        """
+        assert self._scorers is not None, "start engines first"
+        items = [(group.prompt.answer, sample.text) for group in groups for sample in group.samples]
+        count = len(self._scorers)
+        parts = self._scorers.scatter("score", [(items[i::count],) for i in range(count)], timeout_s=SCORE_TIMEOUT_S)
+        scores: list[Score] = [parts[i % count][i // count] for i in range(len(items))]
+        _check_errors(scores, max_error_share)
+        rest = iter(scores)
+        return [replace(group, scores=tuple(next(rest) for _ in group.samples)) for group in groups]
+
+
+def _check_errors(scores: Sequence[Score], max_error_share: float) -> None:
+    errors = [score for score in scores if score.status != "scored"]
+    if len(errors) == len(scores) or len(errors) > max_error_share * len(scores):
+        counts = {status: sum(score.status == status for score in errors) for status in ("timeout", "crashed", "invalid")}
+        raise RewardFailure(
+            f"expected at most {max_error_share:.1%} of samples without a score, got {len(errors)} of {len(scores)} {counts}; "
+            f"first: {errors[0].detail or errors[0].status}. Check the scorer and its gold answers, or raise reward.timeout_s, "
+            "reward.memory_mb or reward.max_error_share"
+        )

@@ -1,0 +1,113 @@
+"""One attempt of a job as its loops see it: where things go, how far it is, and the one sink of every figure."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+from services.jobspec import JobSpec, ModelRef, stages_of
+from services.rundir import CheckpointRecord, Progress, Result, RunWriter, StatusReason
+
+log = logging.getLogger("sedsft.run")
+
+HEARTBEAT_S = 2.0
+LOG_EVERY_S = 5.0
+
+
+class Run:
+    """Paths, progress, figures and checkpoints of one attempt. Figures go to metrics.jsonl, to Ray's metrics and to the log."""
+
+    def __init__(self, folder: Path, spec: JobSpec) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.job_id = folder.parent.name
+        self.attempt = folder.name.rpartition("-")[2]
+        self.checkpoints: list[CheckpointRecord] = []
+        self.stage_seconds: dict[str, float] = {}
+        self._writer = RunWriter(folder)
+        self._progress = Progress(num_stages=len(stages_of(spec)))
+        self._gauges: dict[str, Gauge] = {}
+        self._logged_at = 0.0
+        self._closing = threading.Event()
+        self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heartbeat.start()
+
+    def _beat(self) -> None:
+        while True:
+            self._writer.status(self._progress)
+            if self._closing.wait(HEARTBEAT_S):
+                return
+
+    @contextmanager
+    def stage(self, index: int, name: str) -> Iterator[Path]:
+        """Time a stage and give its folder."""
+        started = time.monotonic()
+        self._progress = replace(self._progress, stage=name, stage_index=index, phase="starting", step=0, steps=0)
+        self.event("stage_started", f"stage {name} started", stage=name)
+        folder = self.folder / "stages" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        self.stage_seconds[name] = time.monotonic() - started
+        self.event("stage_ended", f"stage {name} ended after {self.stage_seconds[name]:.1f} s", stage=name)
+
+    def phase(self, phase: str, step: int = 0, steps: int = 0) -> None:
+        """Say what the stage does now; shown by the API within a heartbeat."""
+        self._progress = replace(self._progress, phase=phase, step=step, steps=steps)
+        self._gauge("progress", step / steps if steps else 0.0)
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        """Record something worth knowing later: a stage, tau, a dropped row, a sync, an error."""
+        log.info("%s: %s", kind, message)
+        self._writer.event(kind, message, **data)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Record the figures of one step of the current stage."""
+        self._writer.metrics(self._progress.stage, step, values)
+        for name, value in values.items():
+            self._gauge(name, value)
+        now = time.monotonic()
+        if now - self._logged_at >= LOG_EVERY_S or step == self._progress.steps:
+            self._logged_at = now
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            log.info("%s %d/%d  %s", self._progress.stage, step, self._progress.steps, figures)
+
+    def _gauge(self, name: str, value: float) -> None:
+        if name not in self._gauges:
+            gauge = Gauge("sedsft_" + re.sub(r"\W", "_", name), f"{name} of the current step", ("job", "attempt", "stage"))
+            gauge.set_default_tags({"job": self.job_id, "attempt": self.attempt})
+            self._gauges[name] = gauge
+        self._gauges[name].set(value, tags={"stage": self._progress.stage})
+
+    def model_path(self, ref: ModelRef) -> Path:
+        """Folder of a stage's starting model."""
+        if ref.path is not None:
+            return Path(ref.path)
+        return Path(next(c.path for c in reversed(self.checkpoints) if c.stage == ref.stage))
+
+    def published(self, record: CheckpointRecord) -> None:
+        """Note a verified checkpoint."""
+        self.checkpoints.append(record)
+        self.event("checkpoint", f"published {record.path}", stage=record.stage, step=record.step, path=record.path)
+
+    def finish(self, status: Any, reason: StatusReason | None) -> None:
+        """Write the terminal record and close."""
+        self._progress = replace(self._progress, phase="ended")
+        self._closing.set()
+        self._heartbeat.join()
+        self._writer.result(Result(status, reason, tuple(self.checkpoints), dict(self.stage_seconds)))
+        self._writer.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a stage's table, samples or calibration for the report and the API."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
