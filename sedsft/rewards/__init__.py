@@ -1,0 +1,1 @@
+"""Scorers: pure functions from (gold, response) to a verdict. They run inside child processes that can be killed."""
