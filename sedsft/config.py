@@ -42,10 +42,11 @@ class SEDObjective(Config):
 
     @model_validator(mode="after")
     def _one_source_of_tau(self) -> SEDObjective:
-        given = self.model_fields_set
-        if self.tau is not None and "mask_ratio" in given:
+        # Compared with the default rather than looked up in what was given, so that a dumped spec reads back.
+        chosen = self.mask_ratio != SEDObjective.model_fields["mask_ratio"].default
+        if self.tau is not None and chosen:
             raise ValueError("expected either tau or mask_ratio, got both; remove one of them")
-        if not self.mask and (self.tau is not None or "mask_ratio" in given):
+        if not self.mask and (self.tau is not None or chosen):
             raise ValueError("expected no tau and no mask_ratio with mask=false, since they would do nothing; remove them")
         return self
 
@@ -107,7 +108,7 @@ class AdamWConfig(Config):
 
     @model_validator(mode="after")
     def _ratio_needs_cosine(self) -> AdamWConfig:
-        if self.schedule == "constant" and "min_ratio" in self.model_fields_set:
+        if self.schedule == "constant" and self.min_ratio != 0.0:
             raise ValueError("expected no min_ratio with schedule='constant', since it would do nothing; remove it")
         return self
 

@@ -75,7 +75,7 @@ def walk(run: Run) -> None:
 def main(folder: Path) -> int:
     """Run the job of `folder`; 0 when it succeeded, 1 when it failed, 2 when it was cancelled."""
     log_file = (folder / "driver.log").open("a", encoding="utf-8", buffering=1)
-    sys.stdout, sys.stderr = _Tee(sys.stdout, log_file), _Tee(sys.stderr, log_file)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Tee(sys.stdout, log_file), _Tee(sys.stderr, log_file)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, _cancel)
     spec: JobSpec = JOB_SPEC.validate_json((folder.parent / "spec.json").read_text(encoding="utf-8"))

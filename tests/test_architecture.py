@@ -13,7 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("sedsft", "services", "api")
 WORKERS = ("services.training", "services.rollout", "services.scoring", "services.serving")
-ENVIRONMENT_READERS = {"api/settings.py", "api/stack.py", "services/driver.py", "services/training/engine.py", "services/rollout/engine.py"}
+ENVIRONMENT_READERS = {
+    "api/settings.py",
+    "api/stack.py",
+    "services/driver.py",
+    "services/training/engine.py",
+    "services/rollout/engine.py",
+    "services/rollout/worker_extension.py",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -16,13 +16,12 @@ from types import TracebackType
 
 from sedsft.config import Precision, RewardConfig, SamplingConfig
 from sedsft.records import Prompt, RolloutGroup, Score
-from services.actor_group import ActorGroup, ActorSpec
 from services.errors import RewardFailure
 from services.jobspec import RolloutResources, ScorerResources
 from services.placement import actor_groups
 from services.rollout.fleet import RolloutFleet, rollout_spec
 from services.run import Run
-from services.scoring.worker import ScoringWorker
+from services.scoring.fleet import ScoringFleet, scoring_spec
 
 START_TIMEOUT_S = 1800.0
 GENERATE_TIMEOUT_S = 7200.0
@@ -60,7 +59,7 @@ class Engines:
         self._key: tuple[object, ...] | None = None
         self._version = 0
         self._fleet: RolloutFleet | None = None
-        self._scorers: ActorGroup | None = None
+        self._scorers: ScoringFleet | None = None
 
     def __enter__(self) -> Engines:
         return self
@@ -79,14 +78,11 @@ class Engines:
         if self._fleet is not None and self._key == key:
             return self._fleet
         self.release()
-        scoring = ActorSpec("reward", ScoringWorker, request.scorer.workers, request.scorer.cpus_per_worker)
-        groups = self._stack.enter_context(actor_groups([rollout_spec(request.rollout), scoring], self._run.job_id))
-        self._scorers = groups[1]
-        reward = request.reward
-        self._scorers.call(
-            "start", reward.name, reward.timeout_s, reward.memory_mb, request.scorer.processes, timeout_s=START_TIMEOUT_S
-        )
-        fleet = RolloutFleet(groups[0], request.rollout)
+        specs = [rollout_spec(request.rollout), scoring_spec(request.scorer)]
+        engines, scorers = self._stack.enter_context(actor_groups(specs, self._run.job_id))
+        self._scorers = ScoringFleet(scorers, request.scorer)
+        self._scorers.start(request.reward)
+        fleet = RolloutFleet(engines, request.rollout)
         fleet.start(str(request.model_path), request.precision, request.seed, timeout_s=START_TIMEOUT_S)
         self._fleet, self._key = fleet, key
         return fleet
@@ -110,9 +106,7 @@ class Engines:
         """
         assert self._scorers is not None, "start engines first"
         items = [(group.prompt.answer, sample.text) for group in groups for sample in group.samples]
-        count = len(self._scorers)
-        parts = self._scorers.scatter("score", [(items[i::count],) for i in range(count)], timeout_s=SCORE_TIMEOUT_S)
-        scores: list[Score] = [parts[i % count][i // count] for i in range(len(items))]
+        scores = self._scorers.score(items, timeout_s=SCORE_TIMEOUT_S)
         _check_errors(scores, max_error_share)
         rest = iter(scores)
         return [replace(group, scores=tuple(next(rest) for _ in group.samples)) for group in groups]

@@ -1,0 +1,1 @@
+"""Where runs are launched: one interface, an implementation per kind of cluster."""

@@ -1,0 +1,252 @@
+"""`sedsft`: the local stack and the REST API from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from api import stack as local_stack
+from api.client import ApiProblem, Client, ServiceUnreachable
+from api.demo import DemoFailed, run_demo
+from api.settings import Settings
+from api.watch import POLL_S, print_outcome, watch_job
+
+app = typer.Typer(help="SED-SFT and GRPO as jobs on Ray.", no_args_is_help=True, pretty_exceptions_enable=False)
+out = Console()
+err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the API's answer.")]
+JobId = Annotated[str, typer.Argument(help="Id of a job.")]
+
+
+def main() -> None:
+    """Run a command; errors as one message, exit code 1."""
+    try:
+        app()
+    except (ApiProblem, ServiceUnreachable, local_stack.StackError, DemoFailed) as error:
+        err.print(f"[red]error[/red] {escape(str(error))}")
+        sys.exit(1)
+    except ValidationError as error:
+        err.print(f"[red]error[/red] settings (SEDSFT_*): {escape(str(error))}")
+        sys.exit(1)
+
+
+def _client() -> Client:
+    """The stack on the home if there is one, else the service of the settings."""
+    settings = Settings()
+    stack = local_stack.read_stack(settings)
+    return Client.local(stack.api_url if stack else settings.url, settings.key_path)
+
+
+def _print_json(value: Any) -> None:
+    out.print_json(json.dumps(value))
+
+
+# ------------------------------------------------------------------------------------------------------ stack
+
+
+@app.command()
+def up(
+    num_cpus: Annotated[int | None, typer.Option(min=1, help="CPU cores that Ray may give to jobs; default: all.")] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that Ray may give to jobs; default: all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start Ray and the service, and wait until they answer. Models and data may lie below the current folder."""
+    settings = Settings()
+    stack = local_stack.up(settings, num_cpus, num_gpus)
+    if as_json:
+        _print_json({"api_url": stack.api_url, "dashboard_url": stack.dashboard_url, "key_path": str(settings.key_path)})
+        return
+    out.print(f"API        {stack.api_url}/docs   key in {settings.key_path}")
+    out.print(f"dashboard  {stack.dashboard_url}   token in {settings.home / 'ray_token'}")
+    out.print(f"models and data below {', '.join(map(str, settings.allowed_roots))}")
+
+
+@app.command()
+def down() -> None:
+    """End the service, Ray, and every process they started. Running jobs are lost."""
+    killed = local_stack.down(Settings())
+    out.print("down" + (f"; {killed} processes had to be killed" if killed else ""))
+
+
+@app.command()
+def demo() -> None:
+    """The whole path on a base model and a task made here: SFT, RL, evaluation, deployment. Then everything is stopped."""
+    run_demo(out)
+
+
+# ------------------------------------------------------------------------------------------------------- jobs
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Job spec as JSON.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show progress until the job ends; exit 1 unless it succeeds.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, start nothing, print spec and resources.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job."""
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise local_stack.StackError(f"expected JSON in {file}, got: {error}") from error
+    with _client() as client:
+        if dry_run:
+            _print_json(client.dry_run(spec))
+            return
+        job = client.submit(spec)
+        if as_json and not watch:
+            _print_json(job)
+            return
+        out.print(f"job {job['id']}  {job['dashboard_url']}")
+        if watch:
+            job = watch_job(client, job["id"], out)
+            if as_json:
+                _print_json(job)
+            if job["status"] != "succeeded":
+                raise typer.Exit(1)
+
+
+@app.command()
+def jobs(
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    status: Annotated[str | None, typer.Option(help="Only jobs with this status.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the newest jobs."""
+    with _client() as client:
+        rows = client.jobs(limit, status)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("id", "name", "type", "status", "stage", "step", "created")
+    for job in rows:
+        progress = job["progress"]
+        step = f"{progress['step']}/{progress['steps']}" if progress["steps"] else ""
+        table.add_row(job["id"], job["name"], job["type"], job["status"], progress["stage"], step, job["created_at"][:19])
+    out.print(table)
+
+
+@app.command()
+def show(job_id: JobId, as_json: AsJson = False) -> None:
+    """Show a job with its checkpoints and newest events."""
+    with _client() as client:
+        job, checkpoints, events = client.job(job_id), client.checkpoints(job_id), list(client.events(job_id))
+    if as_json:
+        _print_json(job | {"checkpoints": checkpoints, "events": events})
+        return
+    print_outcome(job, out)
+    out.print(
+        f"name {job['name']}   type {job['type']}   phase {job['phase']}   attempt {job['attempt']}   {job['dashboard_url']}"
+    )
+    for stage, seconds in job["stage_seconds"].items():
+        out.print(f"stage {stage}: {seconds:.1f} s")
+    for checkpoint in checkpoints:
+        out.print(f"checkpoint {checkpoint['stage']} step {checkpoint['step']}: {checkpoint['path']}", soft_wrap=True)
+    for event in events[-10:]:
+        out.print(f"{event['time'][:19]} {event['kind']}: {escape(event['message'])}", soft_wrap=True)
+
+
+@app.command()
+def logs(
+    job_id: JobId, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False
+) -> None:
+    """Print what the driver and its workers printed."""
+    offset = 0
+    with _client() as client:
+        while True:
+            part = client.logs(job_id, offset)
+            sys.stdout.write(part["text"])
+            sys.stdout.flush()
+            at_end, offset = part["next_offset"] == offset, part["next_offset"]
+            if part["ended"] or (at_end and not follow):
+                return
+            if at_end:
+                time.sleep(POLL_S)
+
+
+@app.command()
+def cancel(job_id: JobId) -> None:
+    """Ask a job to end. Checkpoints published before stay."""
+    with _client() as client:
+        out.print(client.cancel(job_id)["status"])
+
+
+@app.command()
+def report(
+    job_id: JobId, output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("report.html")
+) -> None:
+    """Save a job's report."""
+    with _client() as client:
+        output.write_bytes(client.report(job_id))
+    out.print(str(output), soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------ deployments
+
+
+@app.command()
+def deploy(
+    job_id: Annotated[str | None, typer.Argument(help="Job that published the checkpoint.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Stage of the job; needed when several published checkpoints.")] = None,
+    path: Annotated[str | None, typer.Option(help="Folder of a checkpoint, instead of a job.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the model in requests.")] = "model",
+    cpus: Annotated[float, typer.Option(help="CPU cores.")] = 0.5,
+    gpus: Annotated[int, typer.Option(help="GPUs.")] = 0,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it answers; exit 1 if it fails.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a checkpoint over OpenAI's routes."""
+    checkpoint = {key: value for key, value in (("job_id", job_id), ("stage", stage), ("path", path)) if value is not None}
+    spec = {"name": name, "checkpoint": checkpoint, "resources": {"cpus": cpus, "gpus": gpus}}
+    with _client() as client:
+        deployment = client.deploy(spec)
+        while wait and deployment["status"] == "deploying":
+            time.sleep(POLL_S)
+            deployment = client.deployment(deployment["id"])
+    if as_json:
+        _print_json(deployment)
+    else:
+        out.print(f"{deployment['id']} {deployment['status']} {deployment['url']}", soft_wrap=True)
+        if deployment["status_reason"]:
+            out.print(escape(deployment["status_reason"]["message"]))
+    if wait and deployment["status"] != "ready":
+        raise typer.Exit(1)
+
+
+@app.command()
+def deployments(as_json: AsJson = False) -> None:
+    """List the newest deployments."""
+    with _client() as client:
+        rows = client.deployments()
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("id", "name", "status", "url")
+    for row in rows:
+        table.add_row(row["id"], row["name"], row["status"], row["url"])
+    out.print(table)
+
+
+@app.command()
+def undeploy(deployment_id: Annotated[str, typer.Argument(help="Id of a deployment.")]) -> None:
+    """Stop serving a checkpoint."""
+    with _client() as client:
+        out.print(client.undeploy(deployment_id)["desired_state"])
+
+
+if __name__ == "__main__":
+    main()

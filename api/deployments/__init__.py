@@ -1,0 +1,1 @@
+"""Deployments of checkpoints: endpoints -> service -> store."""

@@ -1,0 +1,1 @@
+"""Jobs: endpoints -> service -> store."""

@@ -1,0 +1,144 @@
+"""What can be done with jobs: checks before anything is stored, and the files of a run as answers."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from api.backends.base import BackendUnreachable
+from api.errors import ApiError, FieldProblem, not_found
+from api.jobs.schemas import DryRun, Logs, MetricPoint, Metrics, ResourcePlan, StageTable, Tables
+from api.jobs.store import TERMINAL, IdempotencyConflict, JobRow, JobStore, NewJob
+from services import preflight
+from services.jobspec import JobSpec, stages_of
+from services.rundir import read_lines
+
+ClusterResources = Callable[[], Awaitable[dict[str, float]]]
+
+
+class JobService:
+    """Jobs as the endpoints see them."""
+
+    def __init__(self, store: JobStore, runs: Path, roots: Sequence[Path], cluster: ClusterResources) -> None:
+        self.store = store
+        self._runs = runs
+        self._roots = roots
+        self._cluster = cluster
+
+    # ------------------------------------------------------------------------------------------------- submit
+
+    async def submit(self, spec: JobSpec, idempotency_key: str | None, body: bytes) -> tuple[JobRow, bool]:
+        """Store a job after every check. Returns the job, and whether it is new."""
+        idempotency = (idempotency_key, hashlib.sha256(body).hexdigest()) if idempotency_key is not None else None
+        try:
+            if idempotency and (found := await asyncio.to_thread(self.store.replayed, *idempotency)):
+                return found, False
+            resolved, resources, _ = await self._check(spec)
+            new = NewJob(
+                name=spec.name,
+                type=spec.type,
+                # What is written out only by default stays out: some settings exclude each other when given.
+                spec=resolved.model_dump(mode="json", exclude_unset=True),
+                metadata=spec.metadata,
+                resources=resources.as_dict(),
+                deadline_s=spec.deadline_s,
+                num_stages=len(stages_of(spec)),
+            )
+            return await asyncio.to_thread(self.store.create, new, idempotency)
+        except IdempotencyConflict as error:
+            raise ApiError(
+                422,
+                "idempotency_key_reused",
+                f"expected Idempotency-Key {idempotency_key!r} with the body it was first used with, got another body; "
+                "use a new key for a new job",
+            ) from error
+
+    async def dry_run(self, spec: JobSpec) -> DryRun:
+        """Every check, nothing stored."""
+        resolved, resources, cluster = await self._check(spec)
+        plan = ResourcePlan(**resources.as_dict())
+        return DryRun(spec=resolved.model_dump(mode="json"), plan=plan, cluster=cluster)
+
+    async def _check(self, spec: JobSpec) -> tuple[JobSpec, preflight.ResourcePlan, dict[str, float]]:
+        try:
+            resolved = await asyncio.to_thread(preflight.resolve, spec, self._roots)
+            resources = preflight.plan(resolved)
+            cluster = await self._cluster()
+            preflight.check_capacity(resolved, resources, cluster)
+            return resolved, resources, cluster
+        except preflight.SpecError as error:
+            problems = [FieldProblem(pointer=p.pointer, message=p.message) for p in error.problems]
+            raise ApiError(422, "invalid_spec", str(error), problems) from error
+        except BackendUnreachable as error:
+            raise ApiError(503, "ray_unreachable", f"{error}. Nothing was stored: submit again then.") from error
+
+    # ---------------------------------------------------------------------------------------------------- read
+
+    def get(self, job_id: str) -> JobRow:
+        """One job, or 404."""
+        job = self.store.get(job_id)
+        if job is None:
+            raise not_found("job", job_id)
+        return job
+
+    def cancel(self, job_id: str) -> JobRow:
+        """Ask for the end of a job; 409 when it has ended otherwise."""
+        job = self.store.request_cancel(job_id)
+        if job is None:
+            raise not_found("job", job_id)
+        if job.status in TERMINAL - {"cancelled"}:
+            raise ApiError(
+                409, "job_ended", f"expected a job that has not ended, got one that {job.status}; nothing was changed"
+            )
+        return job
+
+    def folder(self, job: JobRow) -> Path:
+        """Folder of the job's newest attempt."""
+        return self._runs / job.id / f"attempt-{job.attempt}"
+
+    def logs(self, job: JobRow, offset: int, limit_bytes: int) -> Logs:
+        """Whole characters from byte `offset` on, at most `limit_bytes` of them in bytes."""
+        path = self.folder(job) / "driver.log"
+        data, size = b"", 0
+        if path.exists():
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(limit_bytes)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(data, final=offset + len(data) >= size and job.status in TERMINAL)
+        next_offset = offset + len(data) - len(decoder.getstate()[0])
+        return Logs(text=text, offset=offset, next_offset=next_offset, ended=job.status in TERMINAL and next_offset >= size)
+
+    def metrics(self, job: JobRow, stage: str | None, names: Sequence[str] | None, max_points: int) -> Metrics:
+        """Figures of one or all stages, only `names` when given; the newest point is always among them."""
+        points = []
+        for record, _ in read_lines(self.folder(job) / "metrics.jsonl"):
+            values = {key: value for key, value in record["values"].items() if names is None or key in names}
+            if values and (stage is None or record["stage"] == stage):
+                points.append((record, values))
+        total = len(points)
+        if total > max_points:
+            points = [points[(index + 1) * total // max_points - 1] for index in range(max_points)]
+        data = [
+            MetricPoint(stage=r["stage"], step=r["step"], time=datetime.fromtimestamp(r["time"], UTC), values=v)
+            for r, v in points
+        ]
+        return Metrics(data=data, total=total)
+
+    def tables(self, job: JobRow) -> Tables:
+        """Tables of the stages that have written one."""
+        paths = sorted((self.folder(job) / "stages").glob("*/table.json"))
+        return Tables(data={path.parent.name: StageTable.model_validate_json(path.read_bytes()) for path in paths})
+
+    def report(self, job: JobRow) -> Path:
+        """The job's report.html, or 404."""
+        path = self.folder(job) / "report.html"
+        if not path.exists():
+            wait = "its run ended before it was written" if job.status in TERMINAL else "it is written when the job ends"
+            raise ApiError(404, "no_report", f"expected a report of {job.id}, there is none: {wait}; see its events and logs")
+        return path

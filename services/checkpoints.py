@@ -1,0 +1,215 @@
+"""Checkpoints: a folder is either complete and verified by its manifest, or it does not exist.
+
+    <root>/step-<n>.tmp-<attempt>/   being written; never read
+    <root>/step-<n>/MANIFEST.json    complete: the manifest is the last file written before the rename
+    <root>/latest                    name of the newest step folder
+
+Weights are safetensors and everything else is JSON or text: reading a checkpoint never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from services.errors import CheckpointInvalid
+from services.rundir import CheckpointRecord, write_atomically
+
+MANIFEST = "MANIFEST.json"
+POINTER = "latest"
+FORMAT = 1
+"""Version of the manifest's layout."""
+
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file as its writer saw it: path relative to the checkpoint, size in bytes and content hash."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about the training it comes from.
+
+    `tau` and `calibration` belong to SED stages, `weight_version` to stages that sync weights to samplers.
+    """
+
+    stage: str
+    step: int
+    spec_sha256: str
+    consumed_samples: int
+    tau: float | None = None
+    calibration: dict[str, float] | None = None
+    weight_version: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of MANIFEST.json."""
+
+    info: CheckpointInfo
+    files: tuple[FileRecord, ...]
+    tokenizer_sha256: str
+    """Hash over names and hashes of the tokenizer's files."""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def begin(root: Path, step: int, attempt: int) -> Path:
+    """A fresh folder for the files of step `step`; what this attempt left half-written there before is removed."""
+    folder = root / f"step-{step}.tmp-{attempt}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def describe(folder: Path, name: str) -> FileRecord:
+    """Size and hash of a file, to be taken by the process that wrote it."""
+    path = folder / name
+    return FileRecord(name=name, size_bytes=path.stat().st_size, sha256=_sha256(path))
+
+
+def publish(folder: Path, files: Sequence[FileRecord], info: CheckpointInfo) -> CheckpointRecord:
+    """Make the files written below `folder` (from `begin`) a visible checkpoint. Blocks until it is on disk.
+
+    Order: files, manifest, folder entries, rename, pointer; a crash before the rename leaves nothing visible.
+
+    Raises:
+        CheckpointInvalid: the folder does not hold exactly `files` with their sizes, or the step is published already.
+    """
+    target = folder.parent / f"step-{info.step}"
+    if not folder.name.startswith(f"{target.name}.tmp-"):
+        raise CheckpointInvalid(f"expected a folder that begin() made for step {info.step}, got {folder}")
+    if target.exists():
+        raise CheckpointInvalid(f"expected {target} not to exist, since a published checkpoint never changes; remove it first")
+    _compare(folder, files, hashes=False)
+    for file in files:
+        _fsync(folder / file.name)
+    manifest = Manifest(
+        info=info,
+        files=tuple(sorted(files, key=lambda file: file.name)),
+        tokenizer_sha256=_tokenizer_hash(files),
+        versions={name: version(name) for name in ("torch", "transformers", "deepspeed")},
+    )
+    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True))
+    for inner in {folder, *(parent for file in files for parent in (folder / file.name).parents if folder in parent.parents)}:
+        _fsync(inner)
+    folder.rename(target)
+    _fsync(target.parent)
+    write_atomically(target.parent / POINTER, target.name)
+    _fsync(target.parent)
+    return CheckpointRecord(stage=info.stage, step=info.step, path=str(target), manifest_sha256=_sha256(target / MANIFEST))
+
+
+def verify(path: Path) -> Manifest:
+    """The manifest of a checkpoint whose files all match it.
+
+    Raises:
+        CheckpointInvalid: names the file and what differs.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        record = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointInvalid(
+            f"expected {manifest_path}, it is missing; the checkpoint was not completed, use another"
+        ) from error
+    except ValueError as error:
+        raise CheckpointInvalid(f"expected JSON in {manifest_path}, got: {error}; use another checkpoint") from error
+    manifest = _parse(record, manifest_path)
+    _compare(path, manifest.files, hashes=True)
+    return manifest
+
+
+def latest(root: Path) -> Path | None:
+    """Folder of the highest published step below `root`, None when nothing was ever published. Verify it before use.
+
+    The pointer may lag behind by one step, when a crash came between rename and pointer, but never runs ahead.
+
+    Raises:
+        CheckpointInvalid: the pointer names a checkpoint that is gone, so that starting anew would hide a loss.
+    """
+    steps = {int(match[1]): path for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))}
+    newest = steps[max(steps)] if steps else None
+    pointer = root / POINTER
+    if pointer.exists():
+        named = pointer.read_text(encoding="utf-8").strip()
+        if not (root / named / MANIFEST).exists():
+            raise CheckpointInvalid(
+                f"expected the checkpoint {root / named} that {pointer} names, it is missing; restore it, or remove {pointer} "
+                "to go on from an older one"
+            )
+    return newest
+
+
+def _parse(record: Any, path: Path) -> Manifest:
+    try:
+        if record["format"] != FORMAT:
+            raise CheckpointInvalid(
+                f"expected format {FORMAT} in {path}, got {record['format']}; use the version that wrote it"
+            )
+        known = {key: record[key] for key in (f.name for f in fields(Manifest))}
+        known["info"] = CheckpointInfo(**record["info"])
+        known["files"] = tuple(FileRecord(**file) for file in record["files"])
+        return Manifest(**known)
+    except (KeyError, TypeError) as error:
+        raise CheckpointInvalid(
+            f"expected the fields of a manifest in {path}, got {error!r}; use another checkpoint"
+        ) from error
+
+
+def _compare(folder: Path, files: Sequence[FileRecord], *, hashes: bool) -> None:
+    """Raise unless `folder` holds exactly `files`, with their sizes and, if asked, their hashes."""
+    problems = []
+    for file in files:
+        path = folder / file.name
+        if file.name.endswith(_FORBIDDEN) or not path.resolve().is_relative_to(folder.resolve()):
+            problems.append(f"{file.name}: expected a safetensors, JSON or text file inside the checkpoint")
+        elif not path.is_file():
+            problems.append(f"{file.name}: missing")
+        elif (size := path.stat().st_size) != file.size_bytes:
+            problems.append(f"{file.name}: expected {file.size_bytes} bytes, got {size}")
+        elif hashes and (digest := _sha256(path)) != file.sha256:
+            problems.append(f"{file.name}: expected sha256 {file.sha256[:16]}..., got {digest[:16]}...")
+    listed = {file.name for file in files} | {MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and str(path.relative_to(folder)) not in listed:
+            problems.append(f"{path.relative_to(folder)}: not in the list of files")
+    if problems:
+        raise CheckpointInvalid(
+            f"expected the files of {folder} to match their records; {'; '.join(problems)}. Use another checkpoint"
+        )
+
+
+def _tokenizer_hash(files: Sequence[FileRecord]) -> str:
+    names = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+    parts = sorted(f"{file.name} {file.sha256}" for file in files if file.name.startswith(names))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,110 @@
+"""The Ray actor around one vLLM engine. Importable without vLLM: the engine is loaded when the actor starts it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sedsft.config import Precision, SamplingConfig
+from sedsft.records import Sample
+from services.errors import WeightSyncMismatch, WorkerDied
+from services.jobspec import RolloutResources
+
+if TYPE_CHECKING:
+    from services.rollout.engine import Engine
+
+
+@dataclass(frozen=True)
+class RolloutSetup:
+    """What an engine is built from."""
+
+    model_path: str
+    dtype: Precision
+    resources: RolloutResources
+    seed: int
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A chunk of prompts for one engine. Sample g of prompt i is drawn with the seed `seeds[i] + g`."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    seeds: tuple[int, ...]
+    group_size: int
+    sampling: SamplingConfig
+    version: int
+
+
+class RolloutWorker:
+    """Async actor: several `generate` calls run in the engine's batch at the same time; a weight load needs it idle."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._engine: Engine | None = None
+        self._version = 0
+        self._running = 0
+
+    async def start(self, setup: RolloutSetup) -> int:
+        """Build the engine at weight version 0; returns the longest prompt plus response it takes, in tokens.
+
+        Raises:
+            ModelError: vLLM does not take the model.
+        """
+        self._engine = importlib.import_module("services.rollout.engine").Engine(setup)
+        return self._engine.max_model_len
+
+    async def generate(self, request: GenerateRequest) -> list[tuple[Sample, ...]]:
+        """`group_size` samples for each prompt, in order.
+
+        Raises:
+            WeightSyncMismatch: the engine is at another weight version than the one asked for.
+            WorkerDied: the engine's process ended.
+        """
+        if request.version != self._version:
+            raise WeightSyncMismatch(
+                f"expected rollout-{self._index} to sample with weight version {request.version}, it is at {self._version}; "
+                "load that version first"
+            )
+        self._running += 1
+        try:
+            return await self._started().generate(request)
+        finally:
+            self._running -= 1
+
+    async def load_weights(self, folder: str, version: int) -> None:
+        """Replace the weights by the safetensors in `folder` and call them `version`."""
+        if self._running:
+            raise RuntimeError(
+                f"expected an idle engine for a weight load, {self._running} calls are sampling; await them first"
+            )
+        await self._started().load_weights(folder)
+        self._version = version
+
+    async def health(self) -> None:
+        """Return if the engine's process lives.
+
+        Raises:
+            WorkerDied: it ended.
+        """
+        await self._started().health()
+
+    async def pid(self) -> int:
+        """Process id of the actor."""
+        return os.getpid()
+
+    async def engine_pids(self) -> list[int]:
+        """Process ids of the engine's own processes."""
+        return self._started().pids()
+
+    async def shutdown(self) -> None:
+        """End the engine's processes."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    def _started(self) -> Engine:
+        if self._engine is None:
+            raise WorkerDied(f"expected rollout-{self._index} to have an engine, it has none; call start first")
+        return self._engine

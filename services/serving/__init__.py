@@ -1,0 +1,1 @@
+"""Checkpoints behind an OpenAI-compatible endpoint on Ray Serve."""

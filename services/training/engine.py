@@ -1,0 +1,280 @@
+"""One rank of a data-parallel trainer on DeepSpeed ZeRO 0-3. The only file that imports deepspeed.
+
+The loss of an optimizer step is a sum over tokens divided by a denominator that the caller counted over all ranks and
+micro-batches. DeepSpeed averages over ranks and accumulation steps; both averages are undone here, so the gradient does
+not depend on how rows are split. Every rank runs the same number of passes per step: who has fewer batches adds empty ones.
+
+Shape suffixes: B rows, T positions, N = B * T flat positions, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from sedsft.config import AdamWConfig, Precision
+from sedsft.data.batching import MicroBatch
+from services.checkpoints import FileRecord, describe
+from services.errors import TrainingDiverged
+from services.training.model import LinearHead, linear_head, open_model, open_tokenizer
+from services.training.ranks import RankSetup
+from services.training.schedule import learning_rate
+
+COLLECTIVE_TIMEOUT_S = 1800
+_BUCKET_ELEMENTS = 50_000_000
+
+BatchT = TypeVar("BatchT", bound=MicroBatch)
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What a rank opens and how it optimises."""
+
+    model_path: str
+    optimizer: AdamWConfig
+    precision: Precision
+    zero_stage: int
+    total_steps: int
+    seed: int
+    ranks: RankSetup
+
+
+LossHead = Callable[[torch.Tensor, LinearHead, BatchT], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(hidden_NH, head, batch) -> differentiable loss, already divided by the denominator, and named sums over its tokens."""
+
+StatisticsHead = Callable[[torch.Tensor, LinearHead, MicroBatch], tuple[torch.Tensor, ...]]
+"""(hidden_NH, head, batch) -> tensors of shape [N]."""
+
+
+class HeadedModel(nn.Module):
+    """A causal language model whose forward ends in a function of hidden states and head weight, not in logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        # ZeRO-3 gathers a parameter where its own module runs; the head weight is used here instead.
+        for parameter in model.get_output_embeddings().parameters():
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(self, batch: MicroBatch, head: Callable[..., Any]) -> Any:
+        """Backbone, then `head(hidden_NH, LinearHead, batch)`."""
+        hidden_BTH = self.model.base_model(
+            input_ids=batch.input_ids_BT,
+            attention_mask=batch.attention_mask_BT,
+            position_ids=batch.position_ids_BT,
+            use_cache=False,
+        ).last_hidden_state
+        return head(hidden_BTH.flatten(0, 1), linear_head(self.model), batch)
+
+
+class TrainEngine:
+    """Model, optimizer and process group of one rank. All public methods are collective unless they say otherwise."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self.setup = setup
+        torch.set_num_threads(setup.ranks.threads)
+        torch.manual_seed(setup.seed + setup.ranks.rank)
+        _join(setup.ranks)
+        self.device = torch.device("cuda", 0) if setup.ranks.gpu else torch.device("cpu")
+        model = open_model(setup.model_path, torch.bfloat16 if setup.precision == "bf16" else torch.float32)
+        module = HeadedModel(model)
+        self._optimizer = _adamw(module, setup.optimizer)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self._optimizer, config=_deepspeed_config(setup, model), dist_init_required=False
+        )
+        self._model = model
+        self._tokenizer = open_tokenizer(setup.model_path)
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        if setup.zero_stage == 0:
+            # DeepSpeed's bf16 optimizer without ZeRO takes a step when it is built, which would count as the first, and
+            # leaves sums of gradients in bf16.
+            self._optimizer.state.clear()
+            for parameter in self._parameters:
+                parameter.grad_dtype = torch.float32
+
+    def backward(self, batches: Sequence[BatchT], empty: BatchT, loss_head: LossHead[BatchT], step: int) -> dict[str, float]:
+        """Accumulate the gradient of this rank's `batches` (any number, also none) and reduce it over ranks.
+
+        Returns this rank's totals of the sums that `loss_head` named.
+
+        Raises:
+            TrainingDiverged: on all ranks, when the loss of any of them is not finite.
+        """
+        self._engine.train()
+        padded = self._even_out(batches, empty)
+        sums: dict[str, torch.Tensor] = {}
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(padded):
+            self._engine.set_gradient_accumulation_boundary(index == len(padded) - 1)
+            loss, named = self._engine(batch.to(self.device), loss_head)
+            # DeepSpeed divides the sum over ranks by their number.
+            self._engine.backward(loss * self.setup.ranks.world_size, scale_wrt_gas=False)
+            total += loss.detach()
+            for name, value in named.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+        self._check_loss(total, step)
+        return {name: float(value) for name, value in sums.items()}
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Clip and update with the rate of optimizer step `step` (from 1). Returns (gradient norm before clipping, rate).
+
+        Raises:
+            TrainingDiverged: on all ranks, when the gradient norm is not finite; the weights are then unchanged.
+        """
+        rate = learning_rate(self.setup.optimizer, step, self.setup.total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        norm = self._plain_norm() if self.setup.zero_stage == 0 else None
+        if norm is None or math.isfinite(norm):
+            self._engine.step()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm) or norm < 0:
+            raise TrainingDiverged(
+                f"expected a finite gradient norm at optimizer step {step}, got {norm} at learning rate {rate:.3g}; "
+                "lower the learning rate or look at the rows of this step"
+            )
+        return norm, rate
+
+    def statistics(self, batches: Sequence[MicroBatch], head: StatisticsHead) -> list[tuple[torch.Tensor, ...]]:
+        """`head`'s tensors for each of this rank's `batches`, on CPU, without gradients and dropout."""
+        self._engine.eval()
+        results = []
+        with torch.no_grad():
+            for batch in self._even_out(batches, MicroBatch.empty()):
+                values = self._engine.module(batch.to(self.device), head)
+                results.append(tuple(value.cpu() for value in values))
+        return results[: len(batches)]
+
+    def export_hf(self, folder: Path) -> list[FileRecord]:
+        """Write a model folder that `from_pretrained` opens: weights in the training precision, config, tokenizer.
+
+        Rank 0 writes, hashes and returns the files; the other ranks return none.
+        """
+        self._write_weights(folder)
+        if self.setup.ranks.rank:
+            return []
+        self._tokenizer.save_pretrained(folder)
+        return [describe(folder, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+    def export_weights(self, folder: Path) -> None:
+        """Write weights and config only, for samplers that already have the tokenizer. Rank 0 writes."""
+        self._write_weights(folder)
+
+    def _write_weights(self, folder: Path) -> None:
+        state = self._full_state()
+        if self.setup.ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._model.save_pretrained(folder, state_dict=state)
+        dist.barrier()
+
+    def _full_state(self) -> dict[str, torch.Tensor]:
+        """All weights on rank 0, nothing elsewhere; under ZeRO-3 one parameter is gathered at a time."""
+        if self.setup.zero_stage < 3:
+            return dict(self._model.state_dict()) if self.setup.ranks.rank == 0 else {}
+        saved = self._model.state_dict().keys()
+        state = {name: buffer for name, buffer in self._model.named_buffers() if name in saved}
+        for name, parameter in self._model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.setup.ranks.rank == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def _even_out(self, batches: Sequence[BatchT], empty: BatchT) -> list[BatchT]:
+        """`batches`, followed by empty ones up to the largest count of any rank and at least one."""
+        count = torch.tensor(max(1, len(batches)), device=self.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        return [*batches, *[empty] * (int(count) - len(batches))]
+
+    def _check_loss(self, loss: torch.Tensor, step: int) -> None:
+        total = loss.clone()
+        dist.all_reduce(total)
+        if not torch.isfinite(total):
+            raise TrainingDiverged(
+                f"expected a finite loss at optimizer step {step}, got {float(total)}; lower the "
+                "learning rate or look at the rows of this step"
+            )
+
+    def _plain_norm(self) -> float:
+        """Norm of the reduced gradient where every rank holds all of it."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _adamw(module: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: biases and norms, which have one dimension, get none.
+
+    The rate is set before every step.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=config.betas)
+
+
+def _deepspeed_config(setup: EngineSetup, model: PreTrainedModel) -> dict[str, Any]:
+    """DeepSpeed's settings. Accumulation is driven by hand, hence its count of 1."""
+    bf16 = setup.precision == "bf16"
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": setup.optimizer.grad_clip,
+        "steps_per_print": 1_000_000_000,
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": setup.zero_stage,
+            "overlap_comm": setup.ranks.gpu,
+            "reduce_bucket_size": min(_BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters())),
+            # Below this size gathering costs more than keeping: norms and biases stay whole.
+            "stage3_param_persistence_threshold": 10 * model.config.get_text_config().hidden_size,
+        },
+    }
+    if bf16 and setup.zero_stage > 0:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _join(ranks: RankSetup) -> None:
+    """Meet the other ranks; once per process."""
+    if dist.is_initialized():
+        return
+    # DeepSpeed reads the local rank from the environment alone; a process sees at most one GPU, hence 0.
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK="0",
+        MASTER_ADDR=ranks.master_address,
+        MASTER_PORT=str(ranks.master_port),
+    )
+    deepspeed_logger.setLevel("WARNING")
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Only DeepSpeed's tensor-parallel inference uses this operator; without it no compiler is needed at run time.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if ranks.gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        init_method=f"tcp://{ranks.master_address}:{ranks.master_port}",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )

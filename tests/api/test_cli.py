@@ -1,0 +1,130 @@
+"""The command line against a running service over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from api import cli, watch
+from api.app import create_app
+from api.backends.base import Observation
+from api.settings import Settings
+from services.rundir import Progress, Result, RunWriter, StatusReason
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def served(settings: Settings, cluster: Any, monkeypatch: Any) -> Iterator[Settings]:
+    """The service on a free port, found by the command line through the environment."""
+    held = socket.socket()
+    held.bind(("127.0.0.1", 0))
+    monkeypatch.setenv("SEDSFT_HOME", str(settings.home))
+    monkeypatch.setenv("SEDSFT_PORT", str(held.getsockname()[1]))
+    monkeypatch.setattr(watch, "POLL_S", 0.05)
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, (cluster, cluster)), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [held]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield settings
+    server.should_exit = True
+    thread.join()
+    held.close()
+
+
+@pytest.fixture
+def sedsft(served: Settings, monkeypatch: Any, capsys: Any) -> Command:
+    """Run a command: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sedsft", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path, sft_job: dict[str, Any]) -> str:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(sft_job))
+    return str(path)
+
+
+def test_dry_run_stores_nothing(sedsft: Command, spec_file: str) -> None:
+    code, out, _ = sedsft("submit", spec_file, "--dry-run")
+    assert code == 0
+    assert json.loads(out)["plan"]["peak"] == {"cpus": 1.0, "gpus": 0}
+    assert json.loads(sedsft("jobs", "--json")[1]) == []
+
+
+def test_submit_show_cancel(sedsft: Command, spec_file: str, cluster: Any) -> None:
+    job = json.loads(sedsft("submit", spec_file, "--json")[1])
+    assert job["id"] in json.dumps(json.loads(sedsft("jobs", "--json")[1]))
+    assert "first" in sedsft("jobs")[1]
+    assert sedsft("cancel", job["id"])[1].strip() in ("cancelling", "cancelled")
+    shown = json.loads(sedsft("show", job["id"], "--json")[1])
+    assert [event["kind"] for event in shown["events"]][:1] == ["created"]
+    assert job["id"] in sedsft("show", job["id"])[1]
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed"])
+def test_watch_until_the_end(sedsft: Command, spec_file: str, cluster: Any, status: Any) -> None:
+    def drive() -> None:
+        while not cluster.submitted:
+            time.sleep(0.01)
+        run = cluster.submitted[0]
+        cluster.runs[run.name] = Observation("running")
+        writer = RunWriter(run.folder)
+        (run.folder / "driver.log").write_text("hello from the driver\n")
+        writer.status(Progress("sft", 0, 1, "training", 1, 2))
+        writer.metrics("sft", 1, {"loss": 0.5})
+        time.sleep(0.5)
+        reason = StatusReason("diverged", "expected a finite loss [got nan]") if status == "failed" else None
+        (run.folder / "report.html").write_text("<html>")
+        writer.result(Result(status, reason))
+        writer.close()
+        cluster.runs[run.name] = Observation("ended")
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    code, out, _ = sedsft("submit", spec_file, "--watch")
+    driver.join()
+    assert code == (0 if status == "succeeded" else 1)
+    assert status in out
+    assert ("diverged: expected a finite loss [got nan]" in out) == (status == "failed")
+    job_id = json.loads(sedsft("jobs", "--json")[1])[0]["id"]
+    assert sedsft("logs", job_id, "-f")[1] == "hello from the driver\n"
+    target = Path(spec_file).with_name("r.html")
+    assert sedsft("report", job_id, "-o", str(target))[0] == 0
+    assert target.read_text() == "<html>"
+
+
+def test_errors_are_told_without_a_trace(sedsft: Command, tmp_path: Path, sft_job: dict[str, Any], monkeypatch: Any) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(sft_job | {"surprise": 1, "model": {"path": "none"}}))
+    code, _, err = sedsft("submit", str(path))
+    assert code == 1
+    assert "/surprise" in err
+    assert "Traceback" not in err
+    path.write_text("{")
+    assert "expected JSON" in sedsft("submit", str(path))[2]
+    assert "not there" in " ".join(sedsft("show", "job_x")[2].split())
+    monkeypatch.setenv("SEDSFT_PORT", "9")
+    code, _, err = sedsft("jobs")
+    assert code == 1
+    assert "sedsft up" in " ".join(err.split())
+    monkeypatch.setenv("SEDSFT_HOST", "0.0.0.0")
+    assert "SEDSFT_ALLOW_REMOTE" in sedsft("jobs")[2]

@@ -1,0 +1,53 @@
+"""Reward workers as Ray actors: order over workers, and no process left after a death."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import ray
+from ray.util.placement_group import placement_group
+
+from sedsft.config import RewardConfig
+from services.actor_group import ActorGroup
+from services.errors import WorkerDied
+from services.jobspec import ScorerResources
+from services.scoring.fleet import ScoringFleet, scoring_spec
+
+RESOURCES = ScorerResources(workers=2, cpus_per_worker=0.5, processes=2)
+
+
+@pytest.fixture
+def group() -> Iterator[ActorGroup]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    folder = tempfile.mkdtemp(prefix="sc-", dir="/tmp")
+    ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False, object_store_memory=100 << 20)
+    yield ActorGroup(scoring_spec(RESOURCES), placement_group([{"CPU": 0.5}] * 2), 0)
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_scores_come_in_order_and_processes_die_with_their_actor(group: ActorGroup) -> None:
+    fleet = ScoringFleet(group, RESOURCES)
+    fleet.start(RewardConfig(name="countdown", timeout_s=5, memory_mb=512))
+    right, wrong = ("1 2 3>6", "1+2=3,3+3=6"), ("1 2 3>6", "1+2=4")
+    items = [right if i % 5 in (0, 3) else wrong for i in range(101)]
+    assert [s.reward for s in fleet.score(items, timeout_s=60)] == [float(i % 5 in (0, 3)) for i in range(101)]
+    assert fleet.score([], timeout_s=60) == []
+    [first, second] = group.call("pids", timeout_s=30)
+    assert len(first) == len(second) == 2
+    os.kill(psutil.Process(first[0]).ppid(), signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while any(psutil.pid_exists(pid) for pid in first) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(psutil.pid_exists(pid) for pid in first)
+    with pytest.raises(WorkerDied, match="reward-0"):
+        fleet.score(items, timeout_s=60)
+    fleet.stop()

@@ -1,0 +1,255 @@
+"""Every kind of bad input that is knowable before a job starts; good input stays as it is but for its paths."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.jobspec import JOB_SPEC, JobSpec
+from services.preflight import SpecError, check_capacity, plan, resolve, resolve_model
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    model = root / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    write_safetensors(model / "model.safetensors")
+    (model / "tokenizer.json").write_text('{"model": {}}')
+    (model / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}", "pad_token": "<pad>"}')
+    (root / "sft.jsonl").write_text('{"prompt": "1+1", "completion": "2"}\n' * 3)
+    (root / "rl.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n' * 3)
+    (root / "bench.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 3)
+    return root
+
+
+def write_safetensors(path: Path) -> None:
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+
+
+def job(**changes: Any) -> JobSpec:
+    sft = {"objective": {"type": "sed"}, "data": {"path": "sft.jsonl"}, "steps": 2} | changes.pop("sft", {})
+    return JOB_SPEC.validate_python({"type": "sft", "model": {"path": "model"}, "sft": sft} | changes)
+
+
+def pipeline() -> JobSpec:
+    stages: list[dict[str, Any]] = [
+        {
+            "type": "sft",
+            "name": "a",
+            "model": {"path": "model"},
+            "sft": {"objective": {"type": "ce"}, "data": {"path": "sft.jsonl"}, "steps": 1},
+        },
+        {"type": "rl", "name": "b", "model": {"stage": "a"}, "grpo": {"data": {"path": "rl.jsonl"}, "iterations": 1}},
+        {
+            "type": "eval",
+            "name": "c",
+            "models": {"base": {"path": "model"}, "b": {"stage": "b"}},
+            "eval": {"benchmarks": [{"name": "x", "path": "bench.jsonl"}]},
+        },
+    ]
+    stages[0]["trainer"] = {"workers": 2, "cpus_per_worker": 1.5}
+    stages[1] |= {"rollout": {"workers": 2, "gpus_per_worker": 2, "tensor_parallel": 2}, "scorer": {"cpus_per_worker": 0.5}}
+    return JOB_SPEC.validate_python({"type": "pipeline", "stages": stages})
+
+
+def problems(spec: JobSpec, root: Path) -> dict[str, str]:
+    with pytest.raises(SpecError) as caught:
+        resolve(spec, [root])
+    return {problem.pointer: problem.message for problem in caught.value.problems}
+
+
+def test_paths_become_absolute_and_nothing_else_changes(root: Path) -> None:
+    (root / "link.jsonl").symlink_to(root / "sft.jsonl")
+    spec = job(sft={"data": {"path": "link.jsonl"}, "calibration": {"path": str(root / "sft.jsonl"), "max_rows": 1}})
+    resolved = resolve(spec, [root])
+    expected = spec.model_dump()
+    expected["model"]["path"] = str(root / "model")
+    expected["sft"]["data"]["path"] = expected["sft"]["calibration"]["path"] = str(root / "sft.jsonl")
+    assert resolved.model_dump() == expected
+    # What is stored is read back as the same job.
+    assert JOB_SPEC.validate_json(resolved.model_dump_json(exclude_unset=True)) == resolved
+
+
+def test_all_problems_at_once_with_their_pointers(root: Path) -> None:
+    (root / "sft.jsonl").write_text("{\n")
+    (root / "rl.jsonl").unlink()
+    (root / "bench.jsonl").write_text('{"problem": "1+1"}\n')
+    (root / "model" / "config.json").unlink()
+    assert set(problems(pipeline(), root)) == {
+        "/stages/0/model/path",
+        "/stages/0/sft/data/path",
+        "/stages/1/grpo/data/path",
+        "/stages/2/eval/benchmarks/0/path",
+        "/stages/2/models/base/path",
+    }
+
+
+@pytest.mark.parametrize(
+    "path", ["../outside.jsonl", "/etc/passwd", "link.jsonl", "folder/../../outside.jsonl", "a\0b", "x" * 5000]
+)
+def test_paths_outside_the_roots(root: Path, path: str) -> None:
+    (root.parent / "outside.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+    (root / "link.jsonl").symlink_to(root.parent / "outside.jsonl")
+    message = problems(job(sft={"data": {"path": path}}), root)["/sft/data/path"]
+    assert message.startswith("expected a path")
+
+
+def test_a_sibling_with_the_root_s_name_as_prefix_is_outside(root: Path) -> None:
+    sibling = root.parent / "root-other"
+    sibling.mkdir()
+    (sibling / "x.jsonl").write_text("{}")
+    assert "below" in problems(job(sft={"data": {"path": str(sibling / "x.jsonl")}}), root)["/sft/data/path"]
+
+
+def test_missing_file(root: Path) -> None:
+    message = problems(job(sft={"data": {"path": "none.jsonl"}}), root)["/sft/data/path"]
+    assert (
+        message == f"expected {root / 'none.jsonl'} to exist, it does not; check the spelling, relative paths start at {root}"
+    )
+
+
+def test_malformed_rows_are_listed_by_line(root: Path) -> None:
+    (root / "sft.jsonl").write_text(
+        '{"prompt": "1", "completion": "2"}\n\n{"prompt": "1", "completion": ""}\n{"prompt": "3"}\n{x\n'
+    )
+    message = problems(job(), root)["/sft/data/path"]
+    assert all(f"line {line}:" in message for line in (2, 3, 4, 5))
+    assert "line 1:" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("", "empty"), ('{"a": 1}\n', "columns"), ('{"prompt": "1", "answer": "2"}\n', "layout for SFT")]
+)
+def test_files_that_are_no_sft_data(root: Path, content: str, said: str) -> None:
+    (root / "sft.jsonl").write_text(content)
+    assert said in problems(job(), root)["/sft/data/path"]
+
+
+def test_data_must_be_a_regular_file_of_a_known_kind(root: Path) -> None:
+    os.mkfifo(root / "pipe.jsonl")
+    assert "expected a data file" in problems(job(sft={"data": {"path": "pipe.jsonl"}}), root)["/sft/data/path"]
+    assert "ending in" in problems(job(sft={"data": {"path": "model"}}), root)["/sft/data/path"]
+
+
+def edit(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def _no_template(model: Path) -> None:
+    edit(model / "tokenizer_config.json", chat_template=None)
+
+
+def _no_pad(model: Path) -> None:
+    edit(model / "tokenizer_config.json", pad_token=None)
+
+
+def _pickle_only(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def _remote_code(model: Path) -> None:
+    edit(model / "config.json", auto_map={"AutoModel": "code.Model"})
+
+
+def _tokenizer_code(model: Path) -> None:
+    edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", None]})
+
+
+def _truncated(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _pointer_file(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def _missing_shard(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
+    )
+
+
+def _no_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+
+def _broken_config(model: Path) -> None:
+    (model / "config.json").write_text("{")
+
+
+def _no_type(model: Path) -> None:
+    (model / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_no_template, "expected a chat template"),
+        (_no_pad, "expected a pad token"),
+        (_pickle_only, "got only pytorch_model.bin, which can run code"),
+        (_remote_code, "auto_map"),
+        (_tokenizer_code, "auto_map"),
+        (_truncated, "it was cut off"),
+        (_pointer_file, "expected a safetensors file"),
+        (_missing_shard, "got no model-2.safetensors"),
+        (_no_tokenizer, "expected a tokenizer"),
+        (_broken_config, "expected JSON"),
+        (_no_type, "expected model_type"),
+    ],
+)
+def test_models_that_cannot_be_used(root: Path, damage: Any, said: str) -> None:
+    damage(root / "model")
+    found = problems(job(), root)
+    assert set(found) == {"/model/path"}
+    assert said in found["/model/path"]
+    with pytest.raises(SpecError, match=said.split(",")[0]):
+        resolve_model("model", [root])
+
+
+def test_template_and_pad_token_may_lie_in_their_own_files(root: Path) -> None:
+    _no_template(root / "model")
+    _no_pad(root / "model")
+    (root / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    (root / "model" / "special_tokens_map.json").write_text('{"pad_token": {"content": "<pad>"}}')
+    assert resolve_model("model", [root]) == root / "model"
+
+
+def test_a_shared_file_is_read_once(root: Path, monkeypatch: Any) -> None:
+    from services import preflight
+
+    calls: list[str] = []
+    monkeypatch.setattr(preflight, "check_model_folder", lambda path: calls.append(str(path)))
+    resolve(pipeline(), [root])
+    assert calls == [str(root / "model")]
+
+
+def test_plan_counts_roles_stages_and_the_peak() -> None:
+    resources = plan(pipeline())
+    assert [(s.stage, s.cpus, s.gpus) for s in resources.stages] == [("a", 3.0, 0), ("b", 1 + 2 + 0.5, 4), ("c", 2.0, 0)]
+    assert (resources.peak_cpus, resources.peak_gpus) == (3.5, 4)
+    assert resources.as_dict()["stages"][1]["roles"][1] == {"role": "rollout", "workers": 2, "cpus": 1.0, "gpus": 2}
+
+
+def test_capacity_names_stage_and_numbers() -> None:
+    spec = pipeline()
+    check_capacity(spec, plan(spec), {"CPU": 3.5, "GPU": 4.0})
+    with pytest.raises(SpecError) as caught:
+        check_capacity(spec, plan(spec), {"CPU": 3.0, "GPU": 1.0})
+    assert [p.pointer for p in caught.value.problems] == ["/stages/1", "/stages/1"]
+    first, second = (p.message for p in caught.value.problems)
+    assert first.startswith(
+        "expected at most the cluster's 3 CPU in stage 'b', got 3.5 (1 trainer x 1, 2 rollout x 1, 1 reward x 0.5)"
+    )
+    assert second.startswith(
+        "expected at most the cluster's 1 GPU in stage 'b', got 4 (1 trainer x 0, 2 rollout x 2, 1 reward x 0)"
+    )

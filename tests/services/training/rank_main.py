@@ -1,0 +1,162 @@
+"""One trainer rank as a process of its own: runs the cases of a plan and writes what it saw.
+
+    python rank_main.py <folder with plan.json> <rank>
+
+The plan: {"port", "world_size", "cases": [a `Case` as a dictionary, ...]}. Each case leaves <name>.rank<r>.json; rank 0 adds
+<name>.safetensors (reduced gradients of the first step) and the exported model folder <name>/.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+
+from sedsft.config import AdamWConfig, DataConfig, GRPOConfig, SEDObjective, SFTConfig
+from sedsft.data.batching import MicroBatch, sft_micro_batches
+from sedsft.head import linear_objective_loss
+from sedsft.records import Example, PolicyRow
+from services.errors import TrainingDiverged
+from services.training.messages import PolicySetup, SFTSetup
+from services.training.policy_worker import PolicyWorker
+from services.training.ranks import RankSetup
+from services.training.sft_worker import SFTWorker
+
+TAU = 0.7
+OPTIMIZER = AdamWConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=1, grad_clip=0.5)
+TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to run. `poison_rank`: the gradient of the last parameter becomes infinite there, the loss stays finite."""
+
+    name: str
+    model: str
+    kind: str = "sft"
+    zero_stage: int = 0
+    precision: str = "fp32"
+    micro_batch_size: int = 8
+    steps: int = 3
+    rows: int = 7
+    poison_rank: int | None = None
+
+
+def examples(count: int) -> list[Example]:
+    """Rows of 3 to 12 random tokens whose second half carries a loss."""
+    rng = np.random.default_rng(count)
+    lengths = rng.integers(3, 13, count)
+    return [
+        Example(rng.integers(1, 72, n, dtype=np.int32), np.arange(n) >= n // 2, line)
+        for line, n in enumerate(map(int, lengths))
+    ]
+
+
+def policy_rows(count: int) -> list[PolicyRow]:
+    """The same tokens as prompts and responses, with made-up sampler log-probabilities and advantages of both signs."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for example in examples(count):
+        response = example.input_ids_T[example.trained_T]
+        log_probs = rng.uniform(-6, -0.5, len(response)).astype(np.float32)
+        rows.append(PolicyRow(example.input_ids_T[~example.trained_T], response, log_probs, float(rng.normal())))
+    return rows
+
+
+def start_sft(case: Case, ranks: RankSetup) -> SFTWorker:
+    config = SFTConfig(
+        objective=SEDObjective(tau=TAU),
+        data=DataConfig(path="unused.jsonl"),
+        optimizer=OPTIMIZER,
+        steps=case.steps,
+        micro_batch_size=case.micro_batch_size,
+        precision=case.precision,
+    )
+    worker = SFTWorker(ranks.rank)
+    worker.setup(SFTSetup(ranks, case.model, config, case.zero_stage, case.steps))
+    return worker
+
+
+def run_sft(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    worker = start_sft(case, ranks)
+    rows = examples(case.rows)
+    denominator = int(sum(e.trained_T.sum() for e in rows))
+    shard = rows[ranks.rank :: ranks.world_size]
+    record: dict[str, Any] = {"masses": worker.token_masses(shard, 2).tolist(), "steps": []}
+    if case.poison_rank == ranks.rank:
+        list(worker._engine._parameters)[-1].register_hook(lambda gradient: gradient * float("inf"))
+    try:
+        for step in range(1, case.steps + 1):
+            record["steps"].append(worker.train_step(shard, denominator, TAU, step))
+    except TrainingDiverged as error:
+        record["diverged"] = error.message
+        record["masses_after"] = worker.token_masses(shard, 2).tolist()
+        return record
+    inspected = worker.inspect(shard, TAU, 2)
+    record["inspected"] = [(row.probability, row.active) for row in inspected]
+    record["files"] = [file.name for file in worker.save(folder / case.name)]
+    return record
+
+
+def run_gradients(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    """Reduced gradients of one pass, before any clipping."""
+    worker = start_sft(case, ranks)
+    rows = examples(case.rows)
+    denominator = int(sum(e.trained_T.sum() for e in rows))
+
+    def loss(hidden_NH: Any, head: Any, batch: MicroBatch) -> Any:
+        output = linear_objective_loss(
+            hidden_NH, head.weight_VH, batch.labels_N, SEDObjective(tau=TAU), denominator=denominator, **head.options
+        )
+        return output.loss, {"loss": output.loss_N.sum()}
+
+    batches = sft_micro_batches(rows[ranks.rank :: ranks.world_size], case.micro_batch_size)
+    record = worker._engine.backward(batches, MicroBatch.empty(), loss, 1)
+    # Reading a gradient is a collective under ZeRO, so every rank reads all of them.
+    gradients = {name: safe_get_full_grad(p).float().clone() for name, p in worker._engine._model.named_parameters()}
+    if ranks.rank == 0:
+        save_file(gradients, folder / f"{case.name}.safetensors")
+    return {**record, "micro_batches": len(batches)}
+
+
+def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    config = GRPOConfig(
+        data=DataConfig(path="unused.jsonl"),
+        iterations=1,
+        temperature=TEMPERATURE,
+        optimizer=OPTIMIZER,
+        micro_batch_size=case.micro_batch_size,
+        precision=case.precision,
+    )
+    worker = PolicyWorker(ranks.rank)
+    worker.setup(PolicySetup(ranks, case.model, config, case.zero_stage, case.steps))
+    rows = policy_rows(case.rows)
+    denominator = sum(len(row.response_ids_R) for row in rows)
+    shard = rows[ranks.rank :: ranks.world_size]
+    pairs = [(row.prompt_ids_T, row.response_ids_R) for row in shard]
+    record: dict[str, Any] = {"log_probs": [values.tolist() for values in worker.log_probs(pairs)]}
+    record["steps"] = [worker.update(shard, denominator, step) for step in range(1, case.steps + 1)]
+    worker.export_weights(folder / case.name)
+    record["log_probs_after"] = [values.tolist() for values in worker.log_probs(pairs)]
+    return record
+
+
+def main(folder: Path, rank: int) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    ranks = RankSetup(rank, plan["world_size"], "127.0.0.1", plan["port"])
+    run = {"sft": run_sft, "gradients": run_gradients, "policy": run_policy}
+    for case in (Case(**values) for values in plan["cases"]):
+        torch.manual_seed(0)
+        record = run[case.kind](case, ranks, folder)
+        (folder / f"{case.name}.rank{rank}.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
