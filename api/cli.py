@@ -33,10 +33,10 @@ def main() -> None:
     try:
         app()
     except (ApiProblem, ServiceUnreachable, local_stack.StackError, DemoFailed) as error:
-        err.print(f"[red]error[/red] {escape(str(error))}")
+        err.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except ValidationError as error:
-        err.print(f"[red]error[/red] settings (SEDSFT_*): {escape(str(error))}")
+        err.print(f"[red]error[/red] settings (SEDSFT_*): {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
 
 
@@ -102,7 +102,8 @@ def submit(
     try:
         spec = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise local_stack.StackError(f"expected JSON in {file}, got: {error}") from error
+        err.print(f"[red]error[/red] expected JSON in {escape(str(file))}, got: {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from error
     with _client() as client:
         if dry_run:
             _print_json(client.dry_run(spec))

@@ -22,7 +22,13 @@ from api.watch import watch_job
 
 FOLDER = Path(".cache/demo")
 SPEC = Path("examples/demo.json")
-SHOWN = {"avg": "Avg@8", "pass@8": "pass@8", "self_bleu": "Self-BLEU", "token_entropy": "entropy", "distinct_correct": "correct paths"}
+SHOWN = {
+    "avg": "Avg@8",
+    "pass@8": "pass@8",
+    "self_bleu": "Self-BLEU",
+    "token_entropy": "entropy",
+    "distinct_correct": "correct paths",
+}
 DEPLOYED_STAGE = "sed-rl"
 POLL_S = 0.5
 
@@ -60,7 +66,9 @@ def _prepare(out: Console) -> None:
     out.rule("base model and data")
     command = [sys.executable, "examples/prepare_demo.py", str(FOLDER)]
     with (
-        Progress(TextColumn("pre-training the base"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=out) as bar,
+        Progress(
+            TextColumn("pre-training the base"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=out
+        ) as bar,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
     ):
         task = bar.add_task("", total=None)

@@ -12,13 +12,14 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from services.errors import JobError, PhaseTimeout, WorkerDied
 
 DEATH_GRACE_S = 5.0
+NAME_GRACE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,31 @@ class ActorSpec:
     max_concurrency: int = 1
 
 
+def _spawn(spec: ActorSpec, index: int, placement: PlacementGroup, bundle: int) -> ActorHandle[Any]:
+    """One actor. Ray frees the name of a killed actor late, so a stage that follows another may have to wait for it."""
+    actor = ray.remote(spec.worker).options(
+        name=f"{spec.role}-{index}",
+        num_cpus=spec.cpus,
+        num_gpus=spec.gpus,
+        max_restarts=0,
+        max_task_retries=0,
+        max_concurrency=spec.max_concurrency,
+        runtime_env={"env_vars": dict(spec.env)},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement_group=placement, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
+        ),
+    )
+    deadline = time.monotonic() + NAME_GRACE_S
+    while True:
+        try:
+            spawned: ActorHandle[Any] = actor.remote(index)
+            return spawned
+        except ActorAlreadyExistsError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 class ActorGroup:
     """`count` actors of one class, each in its own bundle of the placement group.
 
@@ -46,23 +72,8 @@ class ActorGroup:
 
     def __init__(self, spec: ActorSpec, placement: PlacementGroup, first_bundle: int) -> None:
         self.role = spec.role
-        remote_class = ray.remote(spec.worker)
         self.actors: list[ActorHandle[Any]] = [
-            remote_class.options(
-                name=f"{spec.role}-{index}",
-                num_cpus=spec.cpus,
-                num_gpus=spec.gpus,
-                max_restarts=0,
-                max_task_retries=0,
-                max_concurrency=spec.max_concurrency,
-                runtime_env={"env_vars": dict(spec.env)},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=placement,
-                    placement_group_bundle_index=first_bundle + index,
-                    placement_group_capture_child_tasks=True,
-                ),
-            ).remote(index)
-            for index in range(spec.count)
+            _spawn(spec, index, placement, first_bundle + index) for index in range(spec.count)
         ]
 
     def __len__(self) -> int:

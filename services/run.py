@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,9 @@ class Run:
         return Path(next(c.path for c in reversed(self.checkpoints) if c.stage == ref.stage))
 
     def published(self, record: CheckpointRecord) -> None:
-        """Note a verified checkpoint."""
+        """Note a verified checkpoint; its event lets the API list it while the job goes on, and if the job dies."""
         self.checkpoints.append(record)
-        self.event("checkpoint", f"published {record.path}", stage=record.stage, step=record.step, path=record.path)
+        self.event("checkpoint", f"published {record.path}", **asdict(record))
 
     def finish(self, status: Any, reason: StatusReason | None) -> None:
         """Write the terminal record and close."""

@@ -257,17 +257,8 @@ class JobStore:
                 data = {"status": status, "reason": list(reason) if reason else None}
                 _add_event(session, job_id, "late_result", f"the job had ended when its run reported {status}", data)
                 return False
-            now = time.time()
             for record in checkpoints:
-                row = CheckpointRow(
-                    job_id=job_id,
-                    stage=record.stage,
-                    step=record.step,
-                    path=record.path,
-                    manifest_sha256=record.manifest_sha256,
-                    created_at=now,
-                )
-                session.merge(row)
+                _add_checkpoint(session, job_id, record, time.time())
             session.get_one(JobRow, job_id).stage_seconds = dict(stage_seconds or {})
             return True
 
@@ -298,6 +289,8 @@ class JobStore:
             row.events_offset = offset
             for event in events:
                 _add_event(session, attempt.job_id, event["kind"], event["message"], event["data"], event["time"])
+                if event["kind"] == "checkpoint":
+                    _add_checkpoint(session, attempt.job_id, CheckpointRecord(**event["data"]), event["time"])
 
     def progress(self, job_id: str, progress: dict[str, Any], heartbeat_at: float) -> None:
         """Store the driver's progress; the job runs from the first one on."""
@@ -318,6 +311,12 @@ class JobStore:
         """Append an event of the service's own."""
         with self._db.write() as session:
             _add_event(session, job_id, kind, message, data)
+
+
+def _add_checkpoint(session: Session, job_id: str, record: CheckpointRecord, created_at: float) -> None:
+    """Add a checkpoint that is not known yet: each comes with its event and once more with the terminal record."""
+    if session.get(CheckpointRow, (job_id, record.stage, record.step)) is None:
+        session.add(CheckpointRow(job_id=job_id, created_at=created_at, **asdict(record)))
 
 
 def _first_attempt(job_id: str) -> AttemptRow:

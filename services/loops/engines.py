@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from sedsft.config import Precision, RewardConfig, SamplingConfig
 from sedsft.records import Prompt, RolloutGroup, Score
@@ -27,8 +28,16 @@ START_TIMEOUT_S = 1800.0
 GENERATE_TIMEOUT_S = 7200.0
 SCORE_TIMEOUT_S = 3600.0
 
-# Entries of config.json that say nothing about the shape of the weights.
-_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+# Entries of the model's settings that say nothing about its shape or about where its answers end.
+_VOLATILE = (
+    "_from_model_config",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,18 @@ class EngineRequest:
 
     def key(self) -> tuple[object, ...]:
         """Equal for requests that can share engines."""
-        config = json.loads((self.model_path / "config.json").read_text(encoding="utf-8"))
-        shape = json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True)
-        digest = hashlib.sha256(shape.encode()).hexdigest()
+        settings = [_entries(self.model_path / name) for name in ("config.json", "generation_config.json")]
+        # A reused engine goes on decoding with the tokenizer it was started with.
+        tokenizer = (self.model_path / "tokenizer.json").read_bytes()
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + tokenizer).hexdigest()
         return digest, self.precision, self.rollout, self.scorer, self.reward
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in entries.items() if name not in _VOLATILE}
 
 
 class Engines:

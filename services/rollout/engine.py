@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from sedsft.records import Sample
-from services.errors import ModelError, WorkerDied
+from services.errors import ModelError, WeightSyncMismatch, WorkerDied
 from services.rollout.worker import GenerateRequest, RolloutSetup
 from services.rollout.worker_extension import OWNER_PID_VARIABLE
 
@@ -135,7 +135,11 @@ class Engine:
     async def load_weights(self, folder: str) -> None:
         """Replace the weights in place and forget the keys and values that the old ones made."""
         await self._unless_dead(self._llm.collective_rpc("reload_and_repack", args=(folder,)))
-        await self._unless_dead(self._llm.reset_prefix_cache())
+        if not await self._unless_dead(self._llm.reset_prefix_cache()):
+            raise WeightSyncMismatch(
+                "expected the engine to forget the old weights' keys and values, it still uses some; load weights only after "
+                "every generate call has ended"
+            )
 
     async def health(self) -> None:
         """Raise `WorkerDied` if a process of the engine ended."""

@@ -233,6 +233,19 @@ def test_a_heartbeat_that_moves_keeps_the_job(bench: Bench) -> None:
     assert bench.job(job).status == "running"
 
 
+def test_silence_before_the_first_heartbeat_counts_only_while_ray_says_running(bench: Bench) -> None:
+    job = bench.submit()
+    bench.reconciler._timing = Timing(0.01, 60.0, 0.0)
+    bench.rounds(2)
+    bench.cluster.reachable = False
+    bench.rounds(3)
+    assert bench.job(job).status == "provisioning"
+    bench.cluster.reachable = True
+    bench.cluster.runs[bench.run(job)] = Observation("running")
+    bench.rounds(2)
+    assert bench.job(job).reason_code == "heartbeat_lost"
+
+
 def test_cancel_before_the_start(bench: Bench) -> None:
     job = bench.submit()
     bench.jobs.request_cancel(job.id)

@@ -27,12 +27,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stack(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_stack.Stack]:
-    """Two logical cores of Ray and the API, ended with every process below them."""
+def settings(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A home of its own, and the workspace as the only root."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    settings = Settings(home=tmp_path_factory.mktemp("home"), port=port, allowed_roots=(workspace,))
+    return Settings(home=tmp_path_factory.mktemp("home"), port=port, allowed_roots=(workspace,))
+
+
+@pytest.fixture(scope="session")
+def stack(settings: Settings) -> Iterator[local_stack.Stack]:
+    """Two logical cores of Ray and the API, ended with every process below them."""
     running = local_stack.up(settings, num_cpus=2)
     yield running
     local_stack.down(settings)
@@ -40,8 +45,7 @@ def stack(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="session")
-def client(stack: local_stack.Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def client(stack: local_stack.Stack, settings: Settings) -> Iterator[Client]:
     """Client with the stack's key."""
-    (home,) = tmp_path_factory.getbasetemp().glob("home*")
-    with Client.local(stack.api_url, home / "api_key") as client:
+    with Client.local(stack.api_url, settings.key_path) as client:
         yield client

@@ -1,9 +1,11 @@
-"""A Ray cluster of this process and two engines on a random tiny Llama, shared by the tests of the room."""
+"""A Ray cluster of this process and two engines on a random tiny Llama, shared by the tests of one file.
+
+Not by all files: other rooms start clusters of their own in the same process.
+"""
 
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,17 +29,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "model")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     folder = tempfile.mkdtemp(prefix="ro-", dir="/tmp")
-    ray.init(num_cpus=8, include_dashboard=False, _temp_dir=folder, log_to_driver=False, object_store_memory=200 << 20)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=8, include_dashboard=False, _temp_dir=folder, log_to_driver=False, object_store_memory=200 << 20)
+        yield
+        ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def spawn(ray_cluster: None) -> Callable[[ActorSpec], ActorGroup]:
     numbers = itertools.count()
 
@@ -52,7 +55,7 @@ def spawn(ray_cluster: None) -> Callable[[ActorSpec], ActorGroup]:
     return build
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fleet(spawn: Callable[[ActorSpec], ActorGroup], model_folder: Path) -> Iterator[RolloutFleet]:
     built = RolloutFleet(spawn(rollout_spec(RESOURCES)), RESOURCES)
     built.start(str(model_folder), "bf16", 0, timeout_s=150)

@@ -24,8 +24,8 @@ RESOURCES = ScorerResources(workers=2, cpus_per_worker=0.5, processes=2)
 
 
 @pytest.fixture
-def group() -> Iterator[ActorGroup]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[ActorGroup]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     folder = tempfile.mkdtemp(prefix="sc-", dir="/tmp")
     ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False, object_store_memory=100 << 20)
     yield ActorGroup(scoring_spec(RESOURCES), placement_group([{"CPU": 0.5}] * 2), 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import tempfile
@@ -60,9 +59,9 @@ def test_gpus_split_the_model(model: Path) -> None:
 
 
 @pytest.fixture
-def dashboard() -> Iterator[tuple[str, str]]:
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """(Serve REST address, HTTP address of applications)."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     folder = tempfile.mkdtemp(prefix="sv-", dir="/tmp")
     port, http = free_port(), free_port()
     ray.init(num_cpus=4, dashboard_port=port, include_dashboard=True, _temp_dir=folder, object_store_memory=200 << 20)
