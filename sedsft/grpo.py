@@ -1,23 +1,16 @@
-"""Group-relative policy optimisation: advantages of a group of responses, and what to watch during the update.
+"""Group-relative policy optimisation: advantages of a group of responses.
 
-Group advantages need numpy only, so that the driver does not load torch. The clipped loss is
-`sedsft.objectives.PolicyObjective`.
+Numpy only, so that the driver does not load torch. The clipped loss is `sedsft.objectives.PolicyObjective`.
 
-Legend: P prompts, G samples per prompt, N response tokens.
+Legend: P prompts, G samples per prompt.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sedsft.objectives import PolicyObjective
 
 _EPSILON = 1e-6
 
@@ -67,35 +60,3 @@ def group_advantages(rewards_PG: npt.ArrayLike, valid_PG: npt.ArrayLike) -> Grou
     varied_P = largest_P > np.where(valid, rewards, np.inf).min(axis=1)
     advantages_PG = np.where(varied_P[:, None], centred_PG / (std_P1 + _EPSILON), 0.0)
     return GroupAdvantages(advantages_PG, ~valid, varied_P)
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyMetrics:
-    """Means over tokens; weight by `num_tokens` to join micro-batches and ranks."""
-
-    num_tokens: int
-    clip_fraction: float
-    """Share of tokens whose gradient the clip stops."""
-    mean_ratio: float
-    """Mean of r = p / p_old; 1 while the policy is the one that sampled."""
-    approx_kl: float
-    """Mean of r - 1 - log r: unbiased for KL(old || new) on tokens drawn from the old policy, and never negative."""
-
-
-def policy_metrics(objective: PolicyObjective, log_prob_N: Tensor, active_N: Tensor) -> PolicyMetrics:
-    """Metrics of an update from the head's detached outputs, over response tokens only: drop ignored labels first.
-
-    Errors: ValueError for no token or lengths that differ. Source of the KL estimate: J. Schulman, "Approximating KL
-    divergence", k3.
-    """
-    num_tokens = log_prob_N.numel()
-    if not num_tokens or not objective.old_log_prob_N.shape == log_prob_N.shape == active_N.shape:
-        shapes = [tuple(tensor.shape) for tensor in (objective.old_log_prob_N, log_prob_N, active_N)]
-        raise ValueError(f"expected old log-probs, log-probs and activity of one shape [N], N >= 1, got {shapes}")
-    log_ratio_N = log_prob_N.double() - objective.old_log_prob_N.double()
-    return PolicyMetrics(
-        num_tokens=num_tokens,
-        clip_fraction=1 - float(active_N.double().mean()),
-        mean_ratio=float(log_ratio_N.exp().mean()),
-        approx_kl=float((log_ratio_N.expm1() - log_ratio_N).mean()),
-    )

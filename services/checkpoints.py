@@ -53,7 +53,7 @@ class CheckpointInfo:
     spec_sha256: str
     consumed_samples: int
     tau: float | None = None
-    calibration: dict[str, float] | None = None
+    calibration: dict[str, Any] | None = None
     weight_version: int | None = None
 
 

@@ -88,6 +88,10 @@ class ScorerResources(Config):
     """Scoring processes of one actor."""
 
 
+REFERENCE_CPUS = 0.1
+"""CPU cores of the actor that an evaluation checks its engines against: it only opens the model and scores a few tokens."""
+
+
 # ------------------------------------------------------------------------------------------------- stages
 
 
@@ -122,6 +126,11 @@ class RLStage(Config):
     scorer: ScorerResources = ScorerResources()
     """Reward workers."""
 
+    @model_validator(mode="after")
+    def _responses_fit(self) -> RLStage:
+        _check_room("grpo.max_tokens", self.grpo.max_tokens, self.rollout)
+        return self
+
 
 class EvalStage(Config):
     """Accuracy and diversity of one or more models on the same benchmarks with the same seeds."""
@@ -137,6 +146,19 @@ class EvalStage(Config):
     """Engines that sample."""
     scorer: ScorerResources = ScorerResources()
     """Reward workers."""
+
+    @model_validator(mode="after")
+    def _responses_fit(self) -> EvalStage:
+        _check_room("eval.sampling.max_tokens", self.eval.sampling.max_tokens, self.rollout)
+        return self
+
+
+def _check_room(field: str, max_tokens: int, rollout: RolloutResources) -> None:
+    if max_tokens >= rollout.max_model_len:
+        raise ValueError(
+            f"expected {field} below rollout.max_model_len={rollout.max_model_len}, which holds prompt and response, got "
+            f"{max_tokens}; lower it or raise rollout.max_model_len"
+        )
 
 
 Stage = Annotated[SFTStage | RLStage | EvalStage, Field(discriminator="type")]

@@ -16,7 +16,17 @@ from typing import Any, TypeVar
 from sedsft.config import Benchmark, DataConfig
 from sedsft.data import DataFileError
 from sedsft.data.sources import read_benchmark, read_prompt_rows, read_sft_rows
-from services.jobspec import EvalStage, JobSpec, ModelRef, PipelineJob, RLStage, SFTStage, Stage, stages_of
+from services.jobspec import (
+    REFERENCE_CPUS,
+    EvalStage,
+    JobSpec,
+    ModelRef,
+    PipelineJob,
+    RLStage,
+    SFTStage,
+    Stage,
+    stages_of,
+)
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _MAX_HEADER_BYTES = 100 << 20
@@ -114,6 +124,8 @@ def _roles(stage: Stage) -> tuple[RolePlan, ...]:
         rollout, scorer = stage.rollout, stage.scorer
         roles.append(RolePlan("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
         roles.append(RolePlan("reward", scorer.workers, scorer.cpus_per_worker, 0))
+    if isinstance(stage, EvalStage):
+        roles.append(RolePlan("reference", 1, REFERENCE_CPUS, 0))
     return tuple(roles)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from services.charts import Chart, Series, figure, line_chart
-from services.rundir import Result, StatusReason, read_lines, read_result, write_atomically
+from services.rundir import CheckpointRecord, Result, StatusReason, read_lines, read_result, write_atomically
 
 MAX_RESPONSE_CHARS = 4_000
 MAX_EVENTS = 1_000
@@ -48,7 +48,7 @@ _RL_CURVES = {
 _PHASES = {"seconds_rollout": "rollout", "seconds_score": "score", "seconds_train": "train", "seconds_sync": "sync"}
 _KINDS = {"sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 _ERROR_SIGNS = ("fail", "error", "invalid", "crash", "died", "timeout", "diverged", "mismatch")
-_WARNING_SIGNS = ("dropped", "warn", "cancel", "retry", "restart", "stale")
+_WARNING_SIGNS = ("dropped", "skipped", "refitted", "cancel")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def build_report(attempt_folder: Path, spec_json: dict[str, Any]) -> Path:
         events=attempt.events[-MAX_EVENTS:],
         events_hidden=max(0, len(attempt.events) - MAX_EVENTS),
         unreadable=attempt.unreadable,
-        checkpoints=attempt.result.checkpoints if attempt.result else (),
+        checkpoints=_checkpoints(attempt),
         max_chars=MAX_RESPONSE_CHARS,
         spec_text=json.dumps(spec_json, indent=2, ensure_ascii=False),
     )
@@ -192,6 +192,11 @@ def _status(attempt: Attempt) -> tuple[str, StatusReason | None]:
     if all(stage.ended_s is not None for stage in attempt.stages):
         return "succeeded", None
     return "unfinished", None
+
+
+def _checkpoints(attempt: Attempt) -> list[CheckpointRecord]:
+    """What the job published, from its events: a job that died has them too, and the terminal record comes after the report."""
+    return [CheckpointRecord(**event["data"]) for event in attempt.events if event["kind"] == "checkpoint"]
 
 
 def _curve_section(attempt: Attempt, kind: str) -> CurveSection | None:

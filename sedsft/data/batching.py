@@ -15,9 +15,7 @@ import numpy.typing as npt
 import torch
 
 from sedsft.records import Example, PolicyRow
-
-IGNORED = -100
-"""Label of a position that carries no loss."""
+from sedsft.vocabulary import IGNORED_LABEL
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +47,7 @@ class MicroBatch:
         zero_BT = torch.zeros(1, 1, dtype=torch.long)
         tensors = {f.name: torch.zeros(1, 1) for f in fields(cls) if f.name.endswith("_BT")}
         tensors |= {"input_ids_BT": zero_BT, "position_ids_BT": zero_BT, "attention_mask_BT": zero_BT + 1}
-        return cls(rows=(), **{**tensors, "labels_BT": zero_BT + IGNORED})
+        return cls(rows=(), **{**tensors, "labels_BT": zero_BT + IGNORED_LABEL})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +63,7 @@ def sft_micro_batches(examples: Sequence[Example], micro_batch_size: int) -> lis
     batches = []
     for rows in _by_length([len(e.input_ids_T) for e in examples], micro_batch_size):
         chosen = [examples[row] for row in rows]
-        labels = [np.where(e.trained_T, e.input_ids_T, IGNORED)[1:] for e in chosen]
+        labels = [np.where(e.trained_T, e.input_ids_T, IGNORED_LABEL)[1:] for e in chosen]
         batches.append(MicroBatch(rows, *_padded([e.input_ids_T for e in chosen], labels)))
     return batches
 
@@ -95,7 +93,7 @@ def response_micro_batches(sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLik
 def labelled_values(batch: MicroBatch, values_N: torch.Tensor) -> list[npt.NDArray[np.float32]]:
     """Split flat per-position values into one array per row, R long: its labelled tokens in order."""
     values_BT = values_N.detach().float().cpu().numpy().reshape(batch.labels_BT.shape)
-    labelled_BT = (batch.labels_BT != IGNORED).cpu().numpy()
+    labelled_BT = (batch.labels_BT != IGNORED_LABEL).cpu().numpy()
     return [values_BT[b][labelled_BT[b]] for b in range(len(batch.rows))]
 
 
@@ -110,7 +108,7 @@ def _responses(pairs: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.int
     for prompt, response in pairs:
         if not len(prompt) or not len(response):
             raise ValueError(f"expected at least one prompt and one response token, got {len(prompt)} and {len(response)}")
-        labels.append(np.concatenate([np.full(len(prompt) - 1, IGNORED), response]))
+        labels.append(np.concatenate([np.full(len(prompt) - 1, IGNORED_LABEL), response]))
     return _padded([np.concatenate(pair) for pair in pairs], labels)
 
 
@@ -124,7 +122,7 @@ def _padded(
     num_positions = max(len(row) for row in rows)
     ids_BT = np.zeros((len(rows), num_positions), np.int64)
     mask_BT = np.zeros_like(ids_BT)
-    labels_BT = np.full_like(ids_BT, IGNORED)
+    labels_BT = np.full_like(ids_BT, IGNORED_LABEL)
     for b, (row, row_labels) in enumerate(zip(rows, labels, strict=True)):
         ids_BT[b, : len(row)] = row
         mask_BT[b, : len(row)] = 1

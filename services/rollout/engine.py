@@ -149,10 +149,6 @@ class Engine:
         """Process ids of the engine's processes."""
         return [process.pid for process in self._processes if process.pid is not None]
 
-    def shutdown(self) -> None:
-        """End the engine's processes."""
-        self._llm.shutdown()
-
 
 def _sample(completion: vllm.outputs.CompletionOutput, text: str, version: int) -> Sample:
     """A completion as a record. With `logprobs=0` there is one log-probability a token, the drawn token's."""

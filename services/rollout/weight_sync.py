@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ class SyncReport:
     """One sync. Gaps are |log p(sampler) - log p(trainer)| over the probe's tokens, in nats."""
 
     version: int
-    seconds: float
     mean_gap: float
     max_gap: float
     engine_mean_gaps: tuple[float, ...]
@@ -74,7 +72,6 @@ class WeightSync:
         Raises:
             WeightSyncMismatch: an engine's mean gap stays above the bound after a second load.
         """
-        began = time.monotonic()
         folder = self._folder / f"weights-{version}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -94,7 +91,6 @@ class WeightSync:
         joined = np.concatenate([gaps[e] for e in engines])
         return SyncReport(
             version=version,
-            seconds=time.monotonic() - began,
             mean_gap=float(joined.mean()),
             max_gap=float(joined.max()),
             engine_mean_gaps=tuple(float(gaps[e].mean()) for e in engines),

@@ -98,12 +98,6 @@ class RolloutWorker:
         """Process ids of the engine's own processes."""
         return self._started().pids()
 
-    async def shutdown(self) -> None:
-        """End the engine's processes."""
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
-
     def _started(self) -> Engine:
         if self._engine is None:
             raise WorkerDied(f"expected rollout-{self._index} to have an engine, it has none; call start first")

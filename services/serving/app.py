@@ -32,7 +32,8 @@ class DeploymentArgs(Config):
     max_model_len: Annotated[int, Field(ge=16)] | None = None
     """Longest prompt plus response, in tokens. Default: the model's own limit."""
     cpus: Annotated[float, Field(gt=0)] = 0.5
-    """CPU cores reserved for the engine; its threads are this number, rounded down, at least 1."""
+    """CPU cores reserved for the engine, with each GPU where it has several; its threads are this number, rounded down, at
+    least 1."""
     gpus: Annotated[int, Field(ge=0)] = 0
     """GPUs that the engine's layers are split over; 0 serves on CPU."""
     cpu_kv_cache_gb: PositiveInt = 1

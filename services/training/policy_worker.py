@@ -11,14 +11,13 @@ import numpy.typing as npt
 import torch
 
 from sedsft.data.batching import (
-    IGNORED,
     MicroBatch,
     PolicyMicroBatch,
     labelled_values,
     policy_micro_batches,
     response_micro_batches,
 )
-from sedsft.head import HeadOutput, linear_objective_loss, token_statistics
+from sedsft.head import IGNORED_LABEL, HeadOutput, linear_objective_loss, token_statistics
 from sedsft.objectives import PolicyObjective
 from sedsft.records import PolicyRow
 from services.checkpoints import FileRecord
@@ -66,7 +65,7 @@ class PolicyWorker:
         """One optimizer step, `step` counted from 1. `rows` are this rank's, `denominator` the response tokens of all ranks.
 
         Returns sums over this rank's tokens that add up over ranks: `loss` (not divided by the denominator), `entropy`,
-        `clipped` (the clip stopped the gradient), `ratio`, `logprob_gap` = |log p(sampler) - log p(trainer)| and `tokens`;
+        `clipped` (the clip stopped the gradient), `logprob_gap` = |log p(sampler) - log p(trainer)| and `tokens`;
         and `grad_norm` and `learning_rate`, equal on all ranks.
 
         Raises:
@@ -119,13 +118,12 @@ class PolicyWorker:
 
 def _sums(output: HeadOutput, old_log_prob_N: torch.Tensor, labels_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sums over the tokens that carry a label."""
-    labelled_N = labels_N != IGNORED
+    labelled_N = labels_N != IGNORED_LABEL
     difference_R = (output.log_prob_N - old_log_prob_N)[labelled_N]
     return {
         "loss": output.loss_N.sum(),
         "entropy": output.entropy_N.sum(),
         "clipped": (~output.active_N[labelled_N]).sum(),
-        "ratio": difference_R.exp().sum(),
         "logprob_gap": difference_R.abs().sum(),
         "tokens": labelled_N.sum(),
     }

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedsft.data.batching import IGNORED, MicroBatch, labelled_values, sft_micro_batches
-from sedsft.head import HeadOutput, linear_objective_loss, token_statistics
+from sedsft.data.batching import MicroBatch, labelled_values, sft_micro_batches
+from sedsft.head import IGNORED_LABEL, HeadOutput, linear_objective_loss, token_statistics
 from sedsft.records import Example
 from services.checkpoints import FileRecord
 from services.training.messages import InspectedRow, SFTSetup
@@ -72,7 +72,7 @@ class SFTWorker:
         """One optimizer step, `step` counted from 1. `examples` are this rank's, `denominator` the trained tokens of all ranks.
 
         Returns sums over this rank's tokens that add up over ranks: `loss`, `ce` and `extra` = loss - ce (none divided by
-        the denominator), `entropy`, `target_prob`, `top1` (arg-max is the target), `active` (diversity term applied) and
+        the denominator), `entropy`, `target_prob`, `active` (diversity term applied) and
         `tokens`; and `grad_norm` and `learning_rate`, equal on all ranks.
 
         Raises:
@@ -125,13 +125,12 @@ class SFTWorker:
 
 def _sums(output: HeadOutput, labels_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sums over the tokens that carry a label; the head leaves zeros elsewhere, which exp would turn into ones."""
-    labelled_N = labels_N != IGNORED
+    labelled_N = labels_N != IGNORED_LABEL
     return {
         "loss": output.loss_N.sum(),
         "ce": -output.log_prob_N.sum(),
         "entropy": output.entropy_N.sum(),
         "target_prob": output.log_prob_N[labelled_N].exp().sum(),
-        "top1": (output.argmax_N == labels_N).sum(),
         "active": output.active_N.sum(),
         "tokens": labelled_N.sum(),
     }

@@ -95,7 +95,7 @@ def test_dry_run_writes_out_defaults_and_stores_nothing(client: TestClient, pipe
     assert [(s["stage"], s["cpus"], s["gpus"]) for s in body["plan"]["stages"]] == [
         ("sft", 2, 0),
         ("rl", 3, 0),
-        ("eval", 2, 0),
+        ("eval", 2.1, 0),
     ]
     assert body["plan"]["peak"] == {"cpus": 3.0, "gpus": 0}
     assert body["cluster"] == {"CPU": 4.0, "GPU": 0.0}

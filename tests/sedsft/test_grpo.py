@@ -1,4 +1,4 @@
-"""Group advantages and policy metrics on numbers worked out by hand."""
+"""Group advantages on numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedsft.grpo import group_advantages, policy_metrics
-from sedsft.objectives import PolicyObjective
+from sedsft.grpo import group_advantages
 
 
 def test_advantages_by_hand() -> None:
@@ -84,31 +83,3 @@ def test_errors(rewards: object, valid: object, message: str) -> None:
 def test_group_advantages_do_not_load_torch() -> None:
     code = "import sys, sedsft.grpo, sedsft.exploration; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
-
-
-def test_policy_metrics_by_hand() -> None:
-    old = torch.log(torch.tensor([0.5, 0.5]))
-    new = torch.log(torch.tensor([0.5, 0.25]))
-    objective = PolicyObjective(torch.ones(2), old, 0.2, 0.28)
-    metrics = policy_metrics(objective, new, torch.tensor([True, False]))
-    assert metrics.num_tokens == 2
-    assert metrics.clip_fraction == 0.5
-    assert metrics.mean_ratio == pytest.approx(0.75)
-    assert metrics.approx_kl == pytest.approx((-0.5 + math.log(2)) / 2)  # token 1: 0; token 2: 1/2 - 1 - log 1/2
-    same = policy_metrics(objective, old, torch.tensor([True, True]))
-    assert (same.clip_fraction, same.mean_ratio, same.approx_kl) == (0.0, 1.0, 0.0)
-
-
-def test_kl_estimate_is_unbiased_for_samples_of_the_old_policy() -> None:
-    old, new = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]], dtype=torch.float64)
-    # Tokens in the old policy's exact proportions, so that the mean is the expectation.
-    tokens = torch.tensor([0] * 7 + [1] * 2 + [2])
-    objective = PolicyObjective(torch.ones(10), old.log()[tokens], 0.2, 0.28)
-    metrics = policy_metrics(objective, new.log()[tokens], torch.ones(10, dtype=torch.bool))
-    assert metrics.approx_kl == pytest.approx(float((old * (old / new).log()).sum()), abs=1e-12)
-
-
-def test_policy_metrics_refuse_no_tokens() -> None:
-    empty = torch.zeros(0)
-    with pytest.raises(ValueError, match="N >= 1"):
-        policy_metrics(PolicyObjective(empty, empty, 0.2, 0.28), empty, empty.bool())

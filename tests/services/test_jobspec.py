@@ -17,6 +17,17 @@ SFT: dict[str, Any] = {
     "model": {"path": "/m"},
     "sft": {"objective": {"type": "sed"}, "data": {"path": "/d.jsonl"}, "steps": 3},
 }
+RL: dict[str, Any] = {
+    "type": "rl",
+    "model": {"path": "/m"},
+    "grpo": {"data": {"path": "/d.jsonl"}, "iterations": 1, "max_tokens": 64},
+    "rollout": {"max_model_len": 64},
+}
+EVAL: dict[str, Any] = {
+    "type": "eval",
+    "models": {"base": {"path": "/m"}},
+    "eval": {"benchmarks": [{"name": "b", "path": "/b.jsonl"}], "sampling": {"max_tokens": 5000}},
+}
 
 
 def changed(**sft: Any) -> dict[str, Any]:
@@ -54,6 +65,8 @@ def test_defaults_are_the_papers() -> None:
         ({**SFT, "model": {"path": "/m", "stage": "a"}}, "exactly one of"),
         ({**SFT, "name": "Not A Name"}, "should match pattern"),
         ({**SFT, "trainer": {"zero_stage": 4}}, "less than or equal to 3"),
+        (RL, "expected grpo.max_tokens below rollout.max_model_len=64, .* got 64; lower it"),
+        (EVAL, "expected eval.sampling.max_tokens below rollout.max_model_len=4096, .* got 5000; lower it"),
         ({**SFT, "type": "train"}, "does not match any of the expected tags"),
     ],
 )

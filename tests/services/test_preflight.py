@@ -235,7 +235,11 @@ def test_a_shared_file_is_read_once(root: Path, monkeypatch: Any) -> None:
 
 def test_plan_counts_roles_stages_and_the_peak() -> None:
     resources = plan(pipeline())
-    assert [(s.stage, s.cpus, s.gpus) for s in resources.stages] == [("a", 3.0, 0), ("b", 1 + 2 + 0.5, 4), ("c", 2.0, 0)]
+    assert [(s.stage, s.cpus, s.gpus) for s in resources.stages] == [
+        ("a", 3.0, 0),
+        ("b", 1 + 2 + 0.5, 4),
+        ("c", 1 + 1 + 0.1, 0),
+    ]
     assert (resources.peak_cpus, resources.peak_gpus) == (3.5, 4)
     assert resources.as_dict()["stages"][1]["roles"][1] == {"role": "rollout", "workers": 2, "cpus": 1.0, "gpus": 2}
 

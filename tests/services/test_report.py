@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def whole_job(writer: RunWriter) -> None:
                 writer.metrics(
                     stage, step, {"reward": 0.1 * step, "seconds_rollout": 2.0, "seconds_train": 1.0, "novel_figure": 1.5}
                 )
+        if stage != "final":
+            record = CheckpointRecord(stage, 3, f"/runs/{stage}/step-3", "ab" * 32)
+            writer.event("checkpoint", f"published {record.path}", **asdict(record))
         writer.event("stage_ended", f"stage {stage} ended", stage=stage)
     calibration = {
         "tau": 0.9, "mask_ratio": 0.7, "top_k": 2, "num_tokens": 1234, "realised_mask_share": 0.7,
@@ -105,7 +109,10 @@ def test_whole_job(writer: RunWriter) -> None:
     whole_job(writer)
     html, _ = read(build_report(writer.folder, SPEC))
     assert '<span class="badge succeeded">succeeded</span>' in html, "built before the terminal record, as the driver does"
-    writer.result(Result("succeeded", checkpoints=(CheckpointRecord("ce", 3, "/runs/ce/step-3", "ab" * 32),)))
+    assert "3 checkpoints" in html
+    for stage in ("ce", "sed", "rl-sed"):
+        assert f"{stage}, step 3: <code>/runs/{stage}/step-3</code>" in html
+    writer.result(Result("succeeded"))
     path = build_report(writer.folder, SPEC)
     assert path == writer.folder / "report.html"
     html, _ = read(path)

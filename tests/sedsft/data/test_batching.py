@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from sedsft.data.batching import (
-    IGNORED,
     MicroBatch,
     PolicyMicroBatch,
     labelled_values,
@@ -14,6 +13,7 @@ from sedsft.data.batching import (
     sft_micro_batches,
 )
 from sedsft.records import Example, PolicyRow
+from sedsft.vocabulary import IGNORED_LABEL as IGNORED
 
 
 def example(ids: list[int], trained: list[int]) -> Example:

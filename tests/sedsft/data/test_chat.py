@@ -137,6 +137,10 @@ def test_load_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "none")
     with pytest.raises(TokenizerError, match="expected a tokenizer in"):
         load_tokenizer(tmp_path)
+    byte_tokenizer(SMOLLM2).save_pretrained(tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": 3}}')
+    with pytest.raises(TokenizerError, match=r"expected a tokenizer in .*damaged"):
+        load_tokenizer(tmp_path / "damaged")
     byte_tokenizer(None).save_pretrained(tmp_path / "no-template")
     with pytest.raises(TokenizerError, match="with one chat template"):
         load_tokenizer(tmp_path / "no-template")

@@ -89,8 +89,8 @@ def test_policy_moves_towards_rewarded_responses(cluster: None, tmp_path: Path) 
             for i, (prompt, response) in enumerate(pairs)
         ]
         found = group.scatter("update", [(rows[:3], 24, 1), (rows[3:], 24, 1)], timeout_s=TIMEOUT_S)
-        # The weights are those that gave the old log-probabilities: every ratio is 1 and nothing is clipped.
-        assert sum(rank["ratio"] for rank in found) == pytest.approx(24, rel=1e-5)
+        # The weights are those that gave the old log-probabilities: there is no gap and nothing is clipped.
+        assert sum(rank["tokens"] for rank in found) == 24
         assert sum(rank["clipped"] for rank in found) == 0
         assert sum(rank["logprob_gap"] for rank in found) == pytest.approx(0, abs=1e-4)
         assert sum(rank["loss"] for rank in found) == pytest.approx(0, abs=1e-4)
