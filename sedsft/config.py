@@ -113,6 +113,14 @@ class AdamWConfig(Config):
         return self
 
 
+def _check_warmup(optimizer: AdamWConfig, steps: int) -> None:
+    if optimizer.warmup_steps >= steps:
+        raise ValueError(
+            f"expected optimizer.warmup_steps below the {steps} optimizer steps, got {optimizer.warmup_steps}; "
+            "the peak rate would never be reached"
+        )
+
+
 Precision = Literal["bf16", "fp32"]
 
 
@@ -149,6 +157,8 @@ class SFTConfig(Config):
     def _one_length(self) -> SFTConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("expected exactly one of epochs and steps; give one of them")
+        if self.steps is not None:
+            _check_warmup(self.optimizer, self.steps)
         return self
 
 
@@ -226,6 +236,7 @@ class GRPOConfig(Config):
                 f"expected prompts_per_iteration to be a multiple of mini_batch_prompts, got {self.prompts_per_iteration} "
                 f"and {self.mini_batch_prompts}; change one of them"
             )
+        _check_warmup(self.optimizer, self.iterations * (self.prompts_per_iteration // self.mini_batch_prompts))
         return self
 
 

@@ -1,6 +1,7 @@
-"""Spawn, call, watch and kill a group of equal actors.
+"""Spawn, call, watch and kill groups of equal actors.
 
-The first failure of any member ends a call at once, whatever the others do: in a collective they would wait forever.
+The first failure of any member ends a call at once, whatever the others do: in a collective they would wait forever. While one
+group works, the members of all others are asked for a sign of life, so that a death is noticed where nobody waits for it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorAlreadyExistsError, ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -20,13 +21,18 @@ from services.errors import JobError, PhaseTimeout, WorkerDied
 
 DEATH_GRACE_S = 5.0
 NAME_GRACE_S = 30.0
+WATCH_PERIOD_S = 2.0
+
+_live: list[ActorGroup] = []
+"""Groups that were spawned and not killed, in this process."""
 
 
 @dataclass(frozen=True)
 class ActorSpec:
     """How one kind of actor is spawned: `role` gives the names `<role>-0`, `<role>-1`, ...
 
-    The driver imports `worker`'s module too, so it must not load DeepSpeed or vLLM at its top.
+    The driver imports `worker`'s module too, so it must not load DeepSpeed or vLLM at its top. `health` is a method without
+    arguments that raises when the member can no longer do its work; Ray's own answers as soon as the actor is idle.
     """
 
     role: str
@@ -36,6 +42,23 @@ class ActorSpec:
     gpus: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
     max_concurrency: int = 1
+    health: str = "__ray_ready__"
+
+
+def first_ready(refs: Sequence[Any], timeout_s: float) -> list[Any]:
+    """The first of `refs` to be ready, empty when none is within `timeout_s` seconds; watches all groups meanwhile.
+
+    Raises:
+        WorkerDied: a member of any group died or says that it cannot work.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        ready, _ = ray.wait(list(refs), num_returns=1, timeout=min(WATCH_PERIOD_S, left))
+        if ready or left <= WATCH_PERIOD_S:
+            return list(ready)
+        for group in _live:
+            group.check()
 
 
 def _spawn(spec: ActorSpec, index: int, placement: PlacementGroup, bundle: int) -> ActorHandle[Any]:
@@ -72,9 +95,12 @@ class ActorGroup:
 
     def __init__(self, spec: ActorSpec, placement: PlacementGroup, first_bundle: int) -> None:
         self.role = spec.role
+        self._health = spec.health
+        self._asked: dict[int, Any] = {}
         self.actors: list[ActorHandle[Any]] = [
             _spawn(spec, index, placement, first_bundle + index) for index in range(spec.count)
         ]
+        _live.append(self)
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -110,13 +136,14 @@ class ActorGroup:
         results: dict[Any, Any] = {}
         pending = list(refs)
         while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            ready = first_ready(pending, max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = [f"{self.role}-{members[refs.index(ref)]}" for ref in pending]
                 raise PhaseTimeout(
                     f"expected {method} to end within {timeout_s:.0f} s, {', '.join(late)} did not answer; "
                     "look at its stack in the Ray dashboard, or raise the limit if the work is simply that long"
                 )
+            pending.remove(ready[0])
             name = f"{self.role}-{members[refs.index(ready[0])]}"
             try:
                 results[ready[0]] = self._result(ready[0], name, method)
@@ -140,18 +167,32 @@ class ActorGroup:
     def _result(self, ref: Any, name: str, method: str) -> Any:
         try:
             return ray.get(ref)
-        except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
-            raise WorkerDied(
-                f"expected {name} to answer {method}, its process ended: {str(error).strip().splitlines()[-1]}. "
-                "Look at its log (memory limit, signal, node loss), then submit the job again"
-            ) from error
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, JobError):
                 raise cause from None
             raise
+        # Every other error of Ray means that the member cannot answer: process, node or memory are gone.
+        except RayError as error:
+            raise WorkerDied(
+                f"expected {name} to answer {method}, its process ended: {str(error).strip().splitlines()[-1]}. "
+                "Look at its log (memory limit, signal, node loss), then submit the job again"
+            ) from error
+
+    def check(self) -> None:
+        """Raise `WorkerDied` if a member that was asked for a sign of life has died since; asks those that were not.
+
+        Never waits: a busy member answers when it is done, which is soon enough, since its work is waited for anyway.
+        """
+        for index, actor in enumerate(self.actors):
+            if index not in self._asked:
+                self._asked[index] = getattr(actor, self._health).remote()
+            elif ray.wait([self._asked[index]], timeout=0)[0]:
+                self._result(self._asked.pop(index), f"{self.role}-{index}", "a sign of life")
 
     def kill(self) -> None:
-        """End every member's process."""
+        """End every member's process; a group can be killed more than once."""
+        if self in _live:
+            _live.remove(self)
         for actor in self.actors:
             ray.kill(actor, no_restart=True)

@@ -77,10 +77,10 @@ def main(folder: Path) -> int:
     log_file = (folder / "driver.log").open("a", encoding="utf-8", buffering=1)
     sys.stdout, sys.stderr = _Tee(sys.stdout, log_file), _Tee(sys.stderr, log_file)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGTERM, _cancel)
     spec: JobSpec = JOB_SPEC.validate_json((folder.parent / "spec.json").read_text(encoding="utf-8"))
     ray.init(address="auto", namespace=folder.parent.name, log_to_driver=True, logging_level=logging.WARNING)
     run = Run(folder, spec)
+    signal.signal(signal.SIGTERM, _cancel)
     try:
         walk(run)
         outcome: tuple[str, StatusReason | None, int] = ("succeeded", None, 0)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sedsft.config import Benchmark, DataConfig
-from sedsft.data import DataFileError
+from sedsft.data import BadRow, DataFileError, DataRowsError
 from sedsft.data.sources import read_benchmark, read_prompt_rows, read_sft_rows
+from sedsft.records import Row
+from sedsft.tasks.countdown import countdown_verdict
 from services.jobspec import (
     REFERENCE_CPUS,
     EvalStage,
@@ -189,27 +191,54 @@ class _Resolver:
         self.roots = roots
         self.problems: list[SpecProblem] = []
         self._verdicts: dict[tuple[Any, ...], str | None] = {}
+        self._start_models: dict[str, str] = {}
 
     def stage(self, stage: Stage, pointer: str) -> Stage:
         if isinstance(stage, SFTStage):
             sft = stage.sft
-            update: dict[str, Any] = {"data": self._data(sft.data, read_sft_rows, f"{pointer}/sft/data/path")}
+            update: dict[str, Any] = {"data": self._data(sft.data, _read_sft, "sft", f"{pointer}/sft/data/path")}
             if sft.calibration is not None:
-                update["calibration"] = self._data(sft.calibration, read_sft_rows, f"{pointer}/sft/calibration/path")
+                update["calibration"] = self._data(sft.calibration, _read_sft, "sft", f"{pointer}/sft/calibration/path")
             changes: dict[str, Any] = {"sft": sft.model_copy(update=update)}
         elif isinstance(stage, RLStage):
-            data = self._data(stage.grpo.data, read_prompt_rows, f"{pointer}/grpo/data/path")
+            scorer = stage.grpo.reward.name
+            data = self._data(stage.grpo.data, _read_prompts, scorer, f"{pointer}/grpo/data/path")
             changes = {"grpo": stage.grpo.model_copy(update={"data": data})}
         else:
             benchmarks = tuple(
-                self._data(benchmark, _read_benchmark, f"{pointer}/eval/benchmarks/{index}/path")
+                self._data(benchmark, _read_benchmark, stage.eval.reward.name, f"{pointer}/eval/benchmarks/{index}/path")
                 for index, benchmark in enumerate(stage.eval.benchmarks)
             )
             changes = {"eval": stage.eval.model_copy(update={"benchmarks": benchmarks})}
             changes["models"] = {name: self._model(ref, f"{pointer}/models/{name}/path") for name, ref in stage.models.items()}
         if not isinstance(stage, EvalStage):
             changes["model"] = self._model(stage.model, f"{pointer}/model/path")
-        return stage.model_copy(update=changes)
+            self._start_models[stage.name] = self._start_model(changes["model"])
+        resolved = stage.model_copy(update=changes)
+        self._check_lengths(resolved, pointer)
+        return resolved
+
+    def _start_model(self, ref: ModelRef) -> str:
+        """Folder of the model that a stage's checkpoint descends from: it has the same architecture."""
+        return ref.path if ref.path is not None else self._start_models[str(ref.stage)]
+
+    def _check_lengths(self, stage: Stage, pointer: str) -> None:
+        """Responses as long as all the positions of the model would leave none for a prompt."""
+        if isinstance(stage, SFTStage):
+            return
+        if isinstance(stage, RLStage):
+            field, max_tokens, refs = "grpo/max_tokens", stage.grpo.max_tokens, [stage.model]
+        else:
+            field, max_tokens, refs = "eval/sampling/max_tokens", stage.eval.sampling.max_tokens, list(stage.models.values())
+        for ref in refs:
+            try:
+                positions = _json_object(Path(self._start_model(ref)) / "config.json").get("max_position_embeddings")
+            except _Refused:
+                continue  # already among the problems
+            if isinstance(positions, int) and max_tokens >= positions:
+                said = f"expected fewer than the model's {positions} positions, got {max_tokens}; lower max_tokens"
+                self.problems.append(SpecProblem(f"{pointer}/{field}", said))
+                return
 
     def _model(self, ref: ModelRef, pointer: str) -> ModelRef:
         if ref.path is None:
@@ -217,15 +246,17 @@ class _Resolver:
         path = self._checked(ref.path, pointer, ("model",), check_model_folder)
         return ref.model_copy(update={"path": path})
 
-    def _data(self, source: P, read: Callable[[P], object], pointer: str) -> P:
+    def _data(self, source: P, read: Callable[[P, str], None], purpose: str, pointer: str) -> P:
+        """`purpose` is "sft" or the name of the scorer that will read the golds."""
+
         def check(path: Path) -> None:
             try:
-                read(source.model_copy(update={"path": str(path)}))
+                read(source.model_copy(update={"path": str(path)}), purpose)
             except DataFileError as error:
                 raise _Refused(str(error)) from error
 
         settings = source.model_dump_json(exclude={"path", "name"})
-        path = self._checked(source.path, pointer, (read.__name__, settings), check)
+        path = self._checked(source.path, pointer, (read.__name__, purpose, settings), check)
         return source.model_copy(update={"path": path})
 
     def _checked(self, text: str, pointer: str, kind: tuple[str, ...], check: Callable[[Path], None]) -> str:
@@ -247,8 +278,30 @@ class _Resolver:
         return str(path)
 
 
-def _read_benchmark(benchmark: Benchmark) -> object:
-    return read_benchmark(benchmark.path, benchmark.max_rows)
+def _read_sft(data: DataConfig, purpose: str) -> None:
+    read_sft_rows(data)
+
+
+def _read_prompts(data: DataConfig, scorer: str) -> None:
+    _check_golds(read_prompt_rows(data).rows, scorer)
+
+
+def _read_benchmark(benchmark: Benchmark, scorer: str) -> None:
+    _check_golds(read_benchmark(benchmark.path, benchmark.max_rows), scorer)
+
+
+def _check_golds(rows: Sequence[Row], scorer: str) -> None:
+    """Refuse golds that the scorer could not read, which would otherwise be an error of every sample."""
+    if scorer != "countdown":
+        return
+    bad = []
+    for row in rows:
+        try:
+            countdown_verdict(row.answer or "", "")
+        except ValueError as error:
+            bad.append(BadRow(row.line, str(error)))
+    if bad:
+        raise DataRowsError("gold answers that are countdown problems", bad, "mend these rows or choose another reward")
 
 
 def real_path(text: str, roots: Sequence[Path]) -> Path:

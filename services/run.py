@@ -15,6 +15,7 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
+from services.checkpoints import MANIFEST, verify
 from services.jobspec import JobSpec, ModelRef, stages_of
 from services.rundir import CheckpointRecord, Progress, Result, RunWriter, StatusReason
 
@@ -35,6 +36,7 @@ class Run:
         self.checkpoints: list[CheckpointRecord] = []
         self.stage_seconds: dict[str, float] = {}
         self._writer = RunWriter(folder)
+        self._verified: set[Path] = set()
         self._progress = Progress(num_stages=len(stages_of(spec)))
         self._gauges: dict[str, Gauge] = {}
         self._logged_at = 0.0
@@ -44,7 +46,11 @@ class Run:
 
     def _beat(self) -> None:
         while True:
-            self._writer.status(self._progress)
+            try:
+                self._writer.status(self._progress)
+            except OSError as error:
+                # A full disk now may have room again before the heartbeat is missed.
+                log.warning("status not written: %s", error)
             if self._closing.wait(HEARTBEAT_S):
                 return
 
@@ -89,10 +95,19 @@ class Run:
         self._gauges[name].set(value, tags={"stage": self._progress.stage})
 
     def model_path(self, ref: ModelRef) -> Path:
-        """Folder of a stage's starting model."""
+        """Folder of a stage's starting model. A checkpoint is verified before its first use.
+
+        Raises:
+            CheckpointInvalid: files that do not match the manifest.
+        """
         if ref.path is not None:
-            return Path(ref.path)
-        return Path(next(c.path for c in reversed(self.checkpoints) if c.stage == ref.stage))
+            path = Path(ref.path)
+        else:
+            path = Path(next(c.path for c in reversed(self.checkpoints) if c.stage == ref.stage))
+        if path not in self._verified and (path / MANIFEST).exists():
+            verify(path)
+            self._verified.add(path)
+        return path
 
     def published(self, record: CheckpointRecord) -> None:
         """Note a verified checkpoint; its event lets the API list it while the job goes on, and if the job dies."""

@@ -38,6 +38,7 @@ _VOLATILE = (
     "transformers_version",
     "use_cache",
 )
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class EngineRequest:
 
     model_path: Path
     precision: Precision
-    seed: int
     rollout: RolloutResources
     scorer: ScorerResources
     reward: RewardConfig
@@ -55,7 +55,7 @@ class EngineRequest:
         """Equal for requests that can share engines."""
         settings = [_entries(self.model_path / name) for name in ("config.json", "generation_config.json")]
         # A reused engine goes on decoding with the tokenizer it was started with.
-        tokenizer = (self.model_path / "tokenizer.json").read_bytes()
+        tokenizer = b"".join(path.read_bytes() for name in _TOKENIZER if (path := self.model_path / name).exists())
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + tokenizer).hexdigest()
         return digest, self.precision, self.rollout, self.scorer, self.reward
 
@@ -74,6 +74,7 @@ class Engines:
         self._run = run
         self._stack = ExitStack()
         self._key: tuple[object, ...] | None = None
+        self._started = False
         self._version = 0
         self._fleet: RolloutFleet | None = None
         self._scorers: ScoringFleet | None = None
@@ -89,20 +90,30 @@ class Engines:
         self._stack.close()
         self._key = self._fleet = self._scorers = None
 
-    def start(self, request: EngineRequest) -> RolloutFleet:
-        """Engines for `request`; those that run stay when they fit. They hold no known weights until a sync."""
+    def start(self, request: EngineRequest) -> None:
+        """Begin to start engines for `request`, unless those that run fit; others are released first. `ready` waits."""
         key = request.key()
-        if self._fleet is not None and self._key == key:
-            return self._fleet
+        if self._key == key:
+            return
         self.release()
         specs = [rollout_spec(request.rollout), scoring_spec(request.scorer)]
         engines, scorers = self._stack.enter_context(actor_groups(specs, self._run.job_id))
         self._scorers = ScoringFleet(scorers, request.scorer)
         self._scorers.start(request.reward)
-        fleet = RolloutFleet(engines, request.rollout)
-        fleet.start(str(request.model_path), request.precision, request.seed, timeout_s=START_TIMEOUT_S)
-        self._fleet, self._key = fleet, key
-        return fleet
+        self._fleet = RolloutFleet(engines, request.rollout)
+        self._fleet.start(str(request.model_path), request.precision)
+        self._key = key
+        self._started = False
+
+    def ready(self) -> RolloutFleet:
+        """The engines that `start` asked for. They hold no known weights until a sync."""
+        assert self._fleet is not None, "start engines first"
+        assert self._scorers is not None, "start engines first"
+        if not self._started:
+            self._scorers.ready()
+            self._fleet.ready(timeout_s=START_TIMEOUT_S)
+            self._started = True
+        return self._fleet
 
     def next_version(self) -> int:
         """Number of the next weights; never used twice in a job."""
@@ -124,12 +135,13 @@ class Engines:
         assert self._scorers is not None, "start engines first"
         items = [(group.prompt.answer, sample.text) for group in groups for sample in group.samples]
         scores = self._scorers.score(items, timeout_s=SCORE_TIMEOUT_S)
-        _check_errors(scores, max_error_share)
+        check_errors(scores, max_error_share)
         rest = iter(scores)
         return [replace(group, scores=tuple(next(rest) for _ in group.samples)) for group in groups]
 
 
-def _check_errors(scores: Sequence[Score], max_error_share: float) -> None:
+def check_errors(scores: Sequence[Score], max_error_share: float) -> None:
+    """Raise `RewardFailure` when more than the share, or all, of the samples have no score."""
     errors = [score for score in scores if score.status != "scored"]
     if len(errors) == len(scores) or len(errors) > max_error_share * len(scores):
         counts = {status: sum(score.status == status for score in errors) for status in ("timeout", "crashed", "invalid")}

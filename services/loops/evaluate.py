@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from sedsft.data.sources import read_benchmark
 from sedsft.evaluation.metrics import mean_row, summarise
 from sedsft.records import Prompt, RolloutGroup
 from services.actor_group import ActorGroup, ActorSpec
-from services.jobspec import EvalStage
+from services.jobspec import REFERENCE_CPUS, EvalStage
 from services.loops.engines import EngineRequest, Engines
 from services.placement import actor_groups
 from services.rollout.weight_sync import Pair, Probe, WeightSync
@@ -39,14 +38,20 @@ def run_evaluation(run: Run, stage: EvalStage, folder: Path, engines: Engines) -
     rows: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
     steps = len(stage.models) * len(config.benchmarks)
-    # A fraction of a core: it only opens the model and scores a few dozen tokens per model.
-    with actor_groups([ActorSpec("reference", ReferenceWorker, 1, 0.1)], run.job_id) as [reference]:
-        for model_index, (model, ref) in enumerate(stage.models.items()):
-            path = run.model_path(ref)
+    paths = {model: run.model_path(ref) for model, ref in stage.models.items()}
+
+    def request(path: Path) -> EngineRequest:
+        return EngineRequest(path, config.precision, stage.rollout, stage.scorer, config.reward)
+
+    # Before the reference is reserved, so that engines of another shape make room first.
+    engines.start(request(next(iter(paths.values()))))
+    with actor_groups([ActorSpec("reference", ReferenceWorker, 1, REFERENCE_CPUS)], run.job_id) as [reference]:
+        for model_index, (model, path) in enumerate(paths.items()):
             benchmarks = [(benchmark, _problems(config, benchmark, path)) for benchmark in config.benchmarks]
             run.phase("loading", model_index * len(benchmarks), steps)
             probe = benchmarks[0][1][:PROBE_PROMPTS]
-            _load(run, stage, folder, engines, reference, path, probe)
+            engines.start(request(path))
+            _load(run, config, folder, engines, reference, path, probe)
             for index, (benchmark, prompts) in enumerate(benchmarks, start=model_index * len(benchmarks) + 1):
                 run.phase("eval", index, steps)
                 groups = engines.sample(prompts, config.samples, config.sampling, config.seed)
@@ -56,7 +61,8 @@ def run_evaluation(run: Run, stage: EvalStage, folder: Path, engines: Engines) -
                 run.metrics(index, {name: value for name, value in figures.items() if isinstance(value, int | float)})
                 shown += [_shown(model, benchmark.name, group) for group in groups[:SHOWN_PROBLEMS]]
             rows.append(mean_row(rows[-len(benchmarks) :]) | {"model": model, "benchmark": MEAN})
-    write_json(folder / "table.json", {"columns": list(rows[0]), "rows": rows})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_json(folder / "table.json", {"columns": columns, "rows": rows})
     write_json(folder / "samples.json", shown)
 
 
@@ -67,16 +73,14 @@ def _problems(config: EvalConfig, benchmark: Benchmark, model_path: Path) -> lis
 
 
 def _load(
-    run: Run, stage: EvalStage, folder: Path, engines: Engines, reference: ActorGroup, path: Path, probe: Sequence[Prompt]
+    run: Run, config: EvalConfig, folder: Path, engines: Engines, reference: ActorGroup, path: Path, probe: Sequence[Prompt]
 ) -> None:
     """Bring the model of `path` into the engines and check them against transformers on the same files."""
-    config = stage.eval
-    fleet = engines.start(EngineRequest(path, config.precision, config.seed, stage.rollout, stage.scorer, config.reward))
 
     def export(target: Path) -> None:
         for file in path.iterdir():
             if file.suffix in (".safetensors", ".json"):
-                shutil.copyfile(file, target / file.name)
+                (target / file.name).symlink_to(file)
 
     def log_probs(pairs: list[Pair]) -> list[npt.NDArray[np.float32]]:
         scored: list[npt.NDArray[np.float32]] = reference.call_one(
@@ -87,7 +91,7 @@ def _load(
     # The whole distribution: a nucleus would renormalise the sampler's log-probabilities.
     whole = SamplingConfig(temperature=config.sampling.temperature, max_tokens=config.sampling.max_tokens)
     checked = Probe(probe, whole, config.seed)
-    sync = WeightSync(fleet, export, log_probs, folder / "weights", checked, config.max_logprob_gap)
+    sync = WeightSync(engines.ready(), export, log_probs, folder / "weights", checked, config.max_logprob_gap)
     report = sync.push(engines.next_version())
     run.event("loaded", f"{path.parent.name}/{path.name} verified, mean gap {report.mean_gap:.4f}", probe_gap=report.mean_gap)
 

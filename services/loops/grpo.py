@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,13 @@ def run_grpo(run: Run, stage: RLStage, folder: Path, engines: Engines) -> None:
     prompts = _prompts(run, config, model_path)
     order = RowOrder(len(prompts), config.prompts_per_iteration, config.seed, steps=config.iterations)
     updates = config.prompts_per_iteration // config.mini_batch_prompts
+    run.phase("loading")
+    # Before the trainers are reserved, so that engines of another shape make room first; both then load side by side.
+    engines.start(EngineRequest(model_path, config.precision, stage.rollout, stage.scorer, config.reward))
     with actor_groups([trainer_actors(stage.trainer, PolicyWorker)], run.job_id) as [trainers]:
-        run.phase("loading")
-        sync = _start(run, stage, folder, engines, trainers, prompts)
+        zero, steps = stage.trainer.zero_stage, config.iterations * updates
+        start_ranks(trainers, stage.trainer, lambda ranks: PolicySetup(ranks, str(model_path), config, zero, steps))
+        sync = _weight_sync(config, folder, engines, trainers, prompts)
         report = _synced(run, sync.push(engines.next_version()))
         run.phase("readiness")
         _readiness(run, config, engines, prompts, folder)
@@ -103,18 +106,10 @@ def _prompts(run: Run, config: GRPOConfig, model_path: Path) -> list[Prompt]:
     return list(encoded.prompts)
 
 
-def _start(
-    run: Run, stage: RLStage, folder: Path, engines: Engines, trainers: ActorGroup, prompts: Sequence[Prompt]
+def _weight_sync(
+    config: GRPOConfig, folder: Path, engines: Engines, trainers: ActorGroup, prompts: Sequence[Prompt]
 ) -> WeightSync:
-    """Open trainers and engines at the same time, and tie them together."""
-    config, model_path = stage.grpo, run.model_path(stage.model)
-    request = EngineRequest(model_path, config.precision, config.seed, stage.rollout, stage.scorer, config.reward)
-    steps = config.iterations * (config.prompts_per_iteration // config.mini_batch_prompts)
-    with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(engines.start, request)
-        zero = stage.trainer.zero_stage
-        start_ranks(trainers, stage.trainer, lambda ranks: PolicySetup(ranks, str(model_path), config, zero, steps))
-        fleet = starting.result()
+    """Tie trainers and engines together."""
 
     def export(target: Path) -> None:
         trainers.call("export_weights", target, timeout_s=STEP_TIMEOUT_S)
@@ -125,7 +120,7 @@ def _start(
         return [parts[i % count][i // count] for i in range(len(pairs))]
 
     probe = Probe(prompts[: config.probe_prompts], sampling(config), config.seed)
-    return WeightSync(fleet, export, log_probs, folder / "weights", probe, config.max_logprob_gap)
+    return WeightSync(engines.ready(), export, log_probs, folder / "weights", probe, config.max_logprob_gap)
 
 
 def _synced(run: Run, report: SyncReport) -> SyncReport:

@@ -44,7 +44,6 @@ def _engine_args(setup: RolloutSetup) -> AsyncEngineArgs:
     return AsyncEngineArgs(
         model=setup.model_path,
         dtype="bfloat16" if setup.dtype == "bf16" else "float32",
-        seed=setup.seed,
         max_model_len=max_model_len,
         max_num_seqs=resources.max_num_seqs,
         max_num_batched_tokens=max(_MIN_BATCHED_TOKENS, max_model_len, resources.max_num_seqs),

@@ -7,11 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import ray
-
 from sedsft.config import Precision, SamplingConfig
 from sedsft.records import Prompt, Sample
-from services.actor_group import ActorGroup, ActorSpec
+from services.actor_group import ActorGroup, ActorSpec, first_ready
 from services.errors import DataError, PhaseTimeout
 from services.jobspec import RolloutResources
 from services.rollout.worker import GenerateRequest, RolloutSetup, RolloutWorker
@@ -42,6 +40,7 @@ def rollout_spec(resources: RolloutResources) -> ActorSpec:
         gpus=resources.gpus_per_worker,
         env=env,
         max_concurrency=_CONCURRENT_CALLS,
+        health="health",
     )
 
 
@@ -57,16 +56,25 @@ class RolloutFleet:
     def __init__(self, group: ActorGroup, resources: RolloutResources) -> None:
         self._group = group
         self._resources = resources
+        self._starting: list[Any] = []
         self._max_model_len = 0
         self._version = 0
 
     def __len__(self) -> int:
         return len(self._group)
 
-    def start(self, model_path: str, dtype: Precision, seed: int, *, timeout_s: float) -> None:
-        """Build every engine on the model folder, at weight version 0."""
-        setup = RolloutSetup(model_path, dtype, self._resources, seed)
-        self._max_model_len = min(self._group.call("start", setup, timeout_s=timeout_s))
+    def start(self, model_path: str, dtype: Precision) -> None:
+        """Begin to build every engine on the model folder, at weight version 0; `ready` waits for them."""
+        setup = RolloutSetup(model_path, dtype, self._resources)
+        self._starting = [self._group.start(engine, "start", setup) for engine in range(len(self))]
+
+    def ready(self, *, timeout_s: float) -> None:
+        """Wait until every engine is built.
+
+        Raises:
+            ModelError: vLLM does not take the model.
+        """
+        self._max_model_len = min(self._group.wait(self._starting, list(range(len(self))), "start", timeout_s))
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int, *, timeout_s: float
@@ -98,7 +106,7 @@ class RolloutFleet:
                 request = GenerateRequest(tuple(p.prompt_ids for p in part), seeds, group_size, sampling, self._version)
                 running[self._group.start(engine, "generate", request)] = (engine, start)
                 load[engine] += chunk * group_size
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            ready = first_ready(list(running), max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = sorted({f"{self._group.role}-{engine}" for engine, _ in running.values()})
                 raise PhaseTimeout(
@@ -130,14 +138,6 @@ class RolloutFleet:
     def load_weights_on(self, engine: int, folder: str, version: int, *, timeout_s: float) -> None:
         """Load the safetensors of `folder` into one engine."""
         self._group.call_one(engine, "load_weights", folder, version, timeout_s=timeout_s)
-
-    def check(self, *, timeout_s: float) -> None:
-        """Raise `WorkerDied` if any engine does not live."""
-        self._group.call("health", timeout_s=timeout_s)
-
-    def stop(self) -> None:
-        """End every engine at once; each engine's processes die with its actor."""
-        self._group.kill()
 
     def _check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
         room = self._max_model_len - max_tokens

@@ -23,7 +23,6 @@ class RolloutSetup:
     model_path: str
     dtype: Precision
     resources: RolloutResources
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,13 @@ class RolloutWorker:
         self._version = version
 
     async def health(self) -> None:
-        """Return if the engine's process lives.
+        """Return if the engine's process lives, or there is none yet.
 
         Raises:
             WorkerDied: it ended.
         """
-        await self._started().health()
+        if self._engine is not None:
+            await self._engine.health()
 
     async def pid(self) -> int:
         """Process id of the actor."""

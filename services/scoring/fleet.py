@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sedsft.config import RewardConfig
 from sedsft.records import Score
@@ -24,12 +25,16 @@ class ScoringFleet:
     def __init__(self, group: ActorGroup, resources: ScorerResources) -> None:
         self._group = group
         self._resources = resources
+        self._starting: list[Any] = []
 
     def start(self, reward: RewardConfig) -> None:
-        """Start every worker's scoring processes."""
-        self._group.call(
-            "start", reward.name, reward.timeout_s, reward.memory_mb, self._resources.processes, timeout_s=_START_TIMEOUT_S
-        )
+        """Begin to start every worker's scoring processes; `ready` waits for them."""
+        arguments = (reward.name, reward.timeout_s, reward.memory_mb, self._resources.processes)
+        self._starting = [self._group.start(worker, "start", *arguments) for worker in range(len(self._group))]
+
+    def ready(self) -> None:
+        """Wait until every scoring process has loaded the scorer."""
+        self._group.wait(self._starting, list(range(len(self._group))), "start", _START_TIMEOUT_S)
 
     def score(self, items: Sequence[tuple[str, str]], *, timeout_s: float) -> list[Score]:
         """A score for each (gold, response), in order. Neighbours go to different workers: hard prompts come in groups."""
@@ -39,7 +44,3 @@ class ScoringFleet:
         for start, part in enumerate(parts):
             scores[start::count] = part
         return [score for score in scores if score is not None]
-
-    def stop(self) -> None:
-        """End every worker; its scoring processes die with it."""
-        self._group.kill()

@@ -28,9 +28,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from sedsft.config import AdamWConfig, Precision
 from sedsft.data.batching import MicroBatch
+from sedsft.data.chat import load_tokenizer
 from services.checkpoints import FileRecord, describe
 from services.errors import TrainingDiverged
-from services.training.model import LinearHead, linear_head, open_model, open_tokenizer
+from services.training.model import LinearHead, linear_head, open_model
 from services.training.ranks import RankSetup
 from services.training.schedule import learning_rate
 
@@ -97,7 +98,7 @@ class TrainEngine:
             model=module, optimizer=self._optimizer, config=_deepspeed_config(setup, model), dist_init_required=False
         )
         self._model = model
-        self._tokenizer = open_tokenizer(setup.model_path)
+        self._tokenizer = load_tokenizer(setup.model_path)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         if setup.zero_stage == 0:
             # DeepSpeed's bf16 optimizer without ZeRO takes a step when it is built, which would count as the first, and

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.errors import ModelError
 
@@ -53,20 +53,6 @@ def open_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     _check_head(model)
     return model
-
-
-def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, to be written beside trained weights.
-
-    Raises:
-        ModelError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"expected a tokenizer beside the weights at {path}, got: {error}. Save the model's tokenizer into the folder"
-        ) from error
 
 
 def linear_head(model: PreTrainedModel) -> LinearHead:

@@ -62,7 +62,7 @@ def test_a_pipeline_from_post_to_answer(client: Client, workspace: Path) -> None
         assert AutoTokenizer.from_pretrained(folder).chat_template
     assert checkpoints.verify(Path(published[0]["path"])).info.tau is not None
 
-    assert b"masked_share" in client.report(job_id) or b"masked share" in client.report(job_id)
+    assert b"<figcaption>Masked share" in client.report(job_id)
     events = list(client.events(job_id))
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     _deploys_and_answers(client, job_id, workspace)

@@ -49,6 +49,9 @@ def test_a_killed_process_ends_the_job_with_a_reason(client: Client, stack: loca
         slowest = max(slowest, time.monotonic() - asked)
         assert time.monotonic() - started < 30, job
         time.sleep(0.2)
+    print(
+        f"{victim}: failed after {time.monotonic() - started:.1f} s, {job['status_reason']['code']}, slowest answer {slowest:.2f} s"
+    )
     assert job["status"] == "failed"
     assert job["status_reason"]["code"] in CODES.get(victim, {"worker_died"})
     assert slowest < 5

@@ -89,6 +89,15 @@ def test_a_late_member_is_named(group: ActorGroup) -> None:
         group.call("sleep", 5, timeout_s=0.5)
 
 
+def test_a_death_in_a_group_that_nobody_waits_for_is_noticed(group: ActorGroup) -> None:
+    with actor_groups([ActorSpec("other", Echo, 1, 0.5)], "job") as [other]:
+        os.kill(other.call_one(0, "pid", timeout_s=60), signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(WorkerDied, match="other-0 to answer a sign of life"):
+            group.call("sleep", 40, timeout_s=60)
+        assert time.monotonic() - started < 20
+
+
 def test_the_block_ends_every_process(cluster: None) -> None:
     with actor_groups([ActorSpec("echo", Echo, 2, 0.5)], "job") as [group]:
         pids = group.call("pid", timeout_s=60)

@@ -61,6 +61,7 @@ def test_defaults_are_the_papers() -> None:
         (changed(objective={"type": "nope"}), "does not match any of the expected tags"),
         (changed(optimizer={"learning_rate": float("nan")}), "finite"),
         (changed(optimizer={"schedule": "constant", "min_ratio": 0.1}), "no min_ratio"),
+        (changed(optimizer={"warmup_steps": 3}), "warmup_steps below the 3 optimizer steps"),
         ({**SFT, "model": {}}, "exactly one of"),
         ({**SFT, "model": {"path": "/m", "stage": "a"}}, "exactly one of"),
         ({**SFT, "name": "Not A Name"}, "should match pattern"),

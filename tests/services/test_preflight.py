@@ -257,3 +257,23 @@ def test_capacity_names_stage_and_numbers() -> None:
     assert second.startswith(
         "expected at most the cluster's 1 GPU in stage 'b', got 4 (1 trainer x 0, 2 rollout x 2, 1 reward x 0)"
     )
+
+
+def test_golds_that_the_scorer_cannot_read_are_listed(root: Path) -> None:
+    (root / "count.jsonl").write_text('{"problem": "3 7 2 5>24", "answer": "3 7 2 5>24"}\n{"problem": "a", "answer": "42"}\n')
+    evaluation = {"benchmarks": [{"name": "x", "path": "count.jsonl"}], "reward": {"name": "countdown"}}
+    spec = JOB_SPEC.validate_python({"type": "eval", "models": {"m": {"path": "model"}}, "eval": evaluation})
+    (said,) = problems(spec, root).values()
+    assert "line 2: expected a countdown problem" in said
+    assert "line 1" not in said
+
+
+def test_responses_longer_than_the_model_are_refused_also_behind_a_stage(root: Path) -> None:
+    edit(root / "model" / "config.json", max_position_embeddings=1024)
+    said = problems(pipeline(), root)
+    assert said == {
+        "/stages/1/grpo/max_tokens": "expected fewer than the model's 1024 positions, got 1024; lower max_tokens",
+        "/stages/2/eval/sampling/max_tokens": "expected fewer than the model's 1024 positions, got 1024; lower max_tokens",
+    }
+    edit(root / "model" / "config.json", max_position_embeddings=1025)
+    resolve(pipeline(), [root])

@@ -57,7 +57,9 @@ def spawn(ray_cluster: None) -> Callable[[ActorSpec], ActorGroup]:
 
 @pytest.fixture(scope="module")
 def fleet(spawn: Callable[[ActorSpec], ActorGroup], model_folder: Path) -> Iterator[RolloutFleet]:
-    built = RolloutFleet(spawn(rollout_spec(RESOURCES)), RESOURCES)
-    built.start(str(model_folder), "bf16", 0, timeout_s=150)
+    group = spawn(rollout_spec(RESOURCES))
+    built = RolloutFleet(group, RESOURCES)
+    built.start(str(model_folder), "bf16")
+    built.ready(timeout_s=150)
     yield built
-    built.stop()
+    group.kill()

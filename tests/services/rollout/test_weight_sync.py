@@ -75,9 +75,10 @@ def one_engine(
 ) -> Iterator[RolloutFleet]:
     group = spawn(replace(rollout_spec(ONE), worker=request.param))
     fleet = RolloutFleet(group, ONE)
-    fleet.start(str(model_folder), "bf16", 0, timeout_s=150)
+    fleet.start(str(model_folder), "bf16")
+    fleet.ready(timeout_s=150)
     yield fleet
-    fleet.stop()
+    group.kill()
 
 
 def test_push_is_verified_and_leaves_nothing_behind(fleet: RolloutFleet, tmp_path: Path) -> None:

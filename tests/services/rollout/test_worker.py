@@ -44,8 +44,9 @@ def group(spawn: Callable[[ActorSpec], ActorGroup]) -> ActorGroup:
 @pytest.mark.chaos
 def test_dead_engine_is_an_error_at_once(group: ActorGroup, model_folder: Path) -> None:
     fleet = RolloutFleet(group, ONE)
-    fleet.start(str(model_folder), "bf16", 0, timeout_s=150)
-    fleet.check(timeout_s=30)
+    fleet.start(str(model_folder), "bf16")
+    fleet.ready(timeout_s=150)
+    group.call("health", timeout_s=30)
     [engine] = group.call_one(0, "engine_pids", timeout_s=30)
     killer = threading.Timer(0.5, os.kill, (engine, signal.SIGKILL))
     killer.start()
@@ -54,16 +55,17 @@ def test_dead_engine_is_an_error_at_once(group: ActorGroup, model_folder: Path) 
         fleet.generate(PROMPTS * 100, 8, SamplingConfig(max_tokens=200), seed=0, timeout_s=100)
     assert 0.4 < time.monotonic() - began < 10
     with pytest.raises(WorkerDied, match="vLLM engine process"):
-        fleet.check(timeout_s=10)
+        group.call("health", timeout_s=10)
     with pytest.raises(WorkerDied, match="vLLM engine process"):
         fleet.load_weights(str(model_folder), 1, timeout_s=10)
-    fleet.stop()
+    group.kill()
 
 
 @pytest.mark.chaos
 def test_engine_dies_with_its_actor(group: ActorGroup, model_folder: Path) -> None:
     fleet = RolloutFleet(group, ONE)
-    fleet.start(str(model_folder), "bf16", 0, timeout_s=150)
+    fleet.start(str(model_folder), "bf16")
+    fleet.ready(timeout_s=150)
     actor = group.call_one(0, "pid", timeout_s=30)
     engines = group.call_one(0, "engine_pids", timeout_s=30)
     os.kill(actor, signal.SIGKILL)
@@ -76,7 +78,7 @@ def test_engine_dies_with_its_actor(group: ActorGroup, model_folder: Path) -> No
 @pytest.mark.chaos
 def test_actor_killed_while_the_engine_starts(group: ActorGroup, model_folder: Path) -> None:
     actor = group.call_one(0, "pid", timeout_s=60)
-    setup = RolloutSetup(str(model_folder), "bf16", ONE, 0)
+    setup = RolloutSetup(str(model_folder), "bf16", ONE)
     starting = group.actors[0].start.remote(setup)
     deadline = time.monotonic() + 120
     while not (engines := psutil.Process(actor).children(recursive=True)) and time.monotonic() < deadline:

@@ -37,6 +37,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[ActorGroup]:
 def test_scores_come_in_order_and_processes_die_with_their_actor(group: ActorGroup) -> None:
     fleet = ScoringFleet(group, RESOURCES)
     fleet.start(RewardConfig(name="countdown", timeout_s=5, memory_mb=512))
+    fleet.ready()
     right, wrong = ("1 2 3>6", "1+2=3,3+3=6"), ("1 2 3>6", "1+2=4")
     items = [right if i % 5 in (0, 3) else wrong for i in range(101)]
     assert [s.reward for s in fleet.score(items, timeout_s=60)] == [float(i % 5 in (0, 3)) for i in range(101)]
@@ -50,4 +51,4 @@ def test_scores_come_in_order_and_processes_die_with_their_actor(group: ActorGro
     assert not any(psutil.pid_exists(pid) for pid in first)
     with pytest.raises(WorkerDied, match="reward-0"):
         fleet.score(items, timeout_s=60)
-    fleet.stop()
+    group.kill()

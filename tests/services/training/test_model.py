@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from services.errors import ModelError
-from services.training.model import linear_head, open_model, open_tokenizer
+from services.training.model import linear_head, open_model
 
 TINY: dict[str, Any] = {
     "vocab_size": 72,
@@ -61,11 +61,9 @@ def test_an_architecture_with_another_last_layer_is_refused(tmp_path: Path) -> N
         open_model(path, torch.float32)
 
 
-def test_a_folder_without_model_or_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="expected a model folder"):
         open_model(str(tmp_path), torch.float32)
-    with pytest.raises(ModelError, match="expected a tokenizer beside the weights"):
-        open_tokenizer(save(tmp_path, LlamaConfig(**TINY)))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
