@@ -49,9 +49,8 @@ def test_a_killed_process_ends_the_job_with_a_reason(client: Client, stack: loca
         slowest = max(slowest, time.monotonic() - asked)
         assert time.monotonic() - started < 30, job
         time.sleep(0.2)
-    print(
-        f"{victim}: failed after {time.monotonic() - started:.1f} s, {job['status_reason']['code']}, slowest answer {slowest:.2f} s"
-    )
+    seconds, code = time.monotonic() - started, job["status_reason"]["code"]
+    print(f"{victim}: failed after {seconds:.1f} s with {code}, slowest answer of the API {slowest:.2f} s")
     assert job["status"] == "failed"
     assert job["status_reason"]["code"] in CODES.get(victim, {"worker_died"})
     assert slowest < 5
