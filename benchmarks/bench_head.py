@@ -78,7 +78,7 @@ def measure(
     loss.backward()
     seconds = time.perf_counter() - started
     peak_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) / 1024
-    results.put((seconds, peak_mb, float(loss)))
+    results.put((seconds, peak_mb, float(loss.detach())))
 
 
 def run(name: str, dtype: str, options: argparse.Namespace) -> tuple[float, float, float]:
@@ -90,6 +90,12 @@ def run(name: str, dtype: str, options: argparse.Namespace) -> tuple[float, floa
     measured: tuple[float, float, float] = results.get()
     process.join()
     return measured
+
+
+def processor() -> str:
+    """Model name of the processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
@@ -110,7 +116,7 @@ def main() -> None:
             row = {"dtype": dtype, "variant": name, "seconds": seconds, "of_full_sed": seconds / baseline, "peak_mb": peak_mb}
             rows.append(row | {"loss": measured[0][2]})
             print(f"{dtype:9} {name:18} {seconds:7.2f} s {seconds / baseline:6.2f}x {peak_mb:7.0f} MB over inputs")
-    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, **vars(options)}
+    machine = {"processor": processor(), "torch": torch.__version__, **vars(options)}
     Path(__file__).with_suffix(".json").write_text(
         json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
     )
