@@ -21,7 +21,8 @@ from api.settings import Settings
 from api.watch import POLL_S, print_outcome, watch_job
 
 app = typer.Typer(help="SED-SFT and GRPO as jobs on Ray.", no_args_is_help=True, pretty_exceptions_enable=False)
-out = Console()
+# Where no terminal says how wide it is (a log, a pipe), tables keep all their columns.
+out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's answer.")]
