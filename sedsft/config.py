@@ -36,18 +36,31 @@ class SEDObjective(Config):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """r, the share of calibration tokens, those with the largest top-k mass, that get no diversity term."""
     tau: Annotated[float | None, Field(gt=0, le=1)] = None
-    """Explicit threshold on the top-k mass. When set, nothing is calibrated and `mask_ratio` must be left out."""
+    """Fixed threshold on the top-k mass. When set, nothing is calibrated and what steers calibration must be left out."""
+    tau_mode: Literal["initial", "running", "released"] = "initial"
+    """Where tau comes from unless it is fixed. `initial`: once, from the response tokens of held-out rows under the starting
+    model, as the paper says. `running`: starts so and then follows the tokens trained on, so that the masked share stays at
+    `mask_ratio` while the model sharpens. `released`: as the authors' code does it, once, from all tokens of the first 100
+    held-out rows, the prompts' included, with k = 10 whatever `top_k` is."""
+    tau_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """With `running`: weight of the past when a step's masses are added to the distribution that tau is read from."""
+    tau_interval: PositiveInt = 1
+    """With `running`: optimizer steps between two updates of tau."""
     mask: bool = True
     """False gives the ablation "SED-SFT w/o mask": the term applies to every token (M = 1)."""
 
     @model_validator(mode="after")
     def _one_source_of_tau(self) -> SEDObjective:
-        # Compared with the default rather than looked up in what was given, so that a dumped spec reads back.
-        chosen = self.mask_ratio != SEDObjective.model_fields["mask_ratio"].default
-        if self.tau is not None and chosen:
-            raise ValueError("expected either tau or mask_ratio, got both; remove one of them")
-        if not self.mask and (self.tau is not None or chosen):
-            raise ValueError("expected no tau and no mask_ratio with mask=false, since they would do nothing; remove them")
+        # Compared with the defaults rather than looked up in what was given, so that a dumped spec reads back.
+        def given(*names: str) -> list[str]:
+            return [name for name in names if getattr(self, name) != SEDObjective.model_fields[name].default]
+
+        if not self.mask and (idle := given("tau", "mask_ratio", "tau_mode", "tau_smoothing", "tau_interval")):
+            raise ValueError(f"expected no {', '.join(idle)} with mask=false, since they would do nothing; remove them")
+        if self.tau is not None and (idle := given("mask_ratio", "tau_mode", "tau_smoothing", "tau_interval")):
+            raise ValueError(f"expected no {', '.join(idle)} beside a fixed tau, since they would do nothing; remove one side")
+        if self.tau_mode != "running" and (idle := given("tau_smoothing", "tau_interval")):
+            raise ValueError(f"expected no {', '.join(idle)} with tau_mode={self.tau_mode!r}; remove them or choose 'running'")
         return self
 
 
@@ -72,17 +85,25 @@ Objective = Annotated[CEObjective | SEDObjective | DFTObjective | GEMObjective, 
 # --------------------------------------------------------------------------------------------------- data
 
 
+Layout = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "verl", "tokens"]
+
+
 class DataConfig(Config):
-    """Rows of one file and how to read them."""
+    """Rows of one or more files and how to read them."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .json or .parquet file below one of the service's allowed roots."""
-    format: Literal["auto", "messages", "prompt_completion", "question_answer", "verl"] = "auto"
+    """A file, a glob pattern or a folder below one of the service's allowed roots: .jsonl, .json or .parquet, the first two
+    also compressed (.gz, .zst). `hf://datasets/<owner>/<name>` names a dataset of the hub, where the service may go online."""
+    format: Literal["auto"] | Layout = "auto"
     """Layout of a row. `auto` looks at the columns of the first row and refuses what fits more than one layout."""
+    columns: Annotated[dict[str, str], Field(max_length=16)] = Field(default_factory=dict)
+    """Names of columns where they differ from the layout's: `{"question": "query", "response": "output"}`."""
     system_prompt: str | None = None
-    """System turn put before every conversation that has none."""
+    """System turn put before every conversation that has none; not for the layout `tokens`."""
     max_rows: PositiveInt | None = None
-    """Read only the first rows of the file."""
+    """Read only the first rows."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens when rows cannot be used: refuse the job and list them by line, or skip, count and list them."""
 
 
 # ---------------------------------------------------------------------------------------------------- SFT
@@ -124,6 +145,28 @@ def _check_warmup(optimizer: AdamWConfig, steps: int) -> None:
 Precision = Literal["bf16", "fp32"]
 
 
+class LoRAConfig(Config):
+    """Low-rank adapters on the linear layers (arXiv 2106.09685); the rest of the model is frozen. Merged on export."""
+
+    rank: PositiveInt = 16
+    """Rank of an adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """An adapter's output is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on an adapter's input."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get an adapter; `all-linear` is every linear layer but the output head."""
+
+
+class CheckpointConfig(Config):
+    """When training state is saved. The end of a stage is always saved."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints; none: only at the end."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints that stay; older ones are removed once newer ones are complete."""
+
+
 class SFTConfig(Config):
     """Supervised fine-tuning with one of the objectives."""
 
@@ -131,9 +174,11 @@ class SFTConfig(Config):
     """Loss per response token."""
     data: DataConfig
     """Training rows."""
-    calibration: DataConfig | None = None
-    """Held-out rows that SED calibrates tau on; other objectives check them and use them for nothing else. Default: the
-    last 10% of `data` (at most 100 rows), kept out of training under every objective, so that all train on the same rows."""
+    held_out: DataConfig | None = None
+    """Rows that SED calibrates tau on and that every objective is evaluated on while it trains. Default: the last 10% of
+    `data` (at most 100 rows), kept out of training under every objective, so that all train on the same rows."""
+    evaluate_every: PositiveInt | None = None
+    """Optimizer steps between evaluations on the held-out rows; none: only after the last step."""
     optimizer: AdamWConfig = AdamWConfig()
     """Optimizer and schedule."""
     epochs: Annotated[int, Field(ge=1)] | None = None
@@ -144,14 +189,39 @@ class SFTConfig(Config):
     """Rows per optimizer step over all ranks and micro-batches."""
     micro_batch_size: PositiveInt = 8
     """Largest number of rows in one forward pass of one rank; does not change the result."""
+    pack_tokens: PositiveInt | None = None
+    """Lay rows end to end in forward passes of up to this many tokens, without padding and without one row seeing another.
+    Replaces `micro_batch_size`; does not change the result."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest row in tokens, prompt included."""
-    on_too_long: Literal["error", "drop"] = "error"
-    """What happens to a row longer than `max_length`: stop the job and list the rows, or drop and count them."""
+    on_too_long: Literal["error", "drop", "cut"] = "error"
+    """What happens to a row longer than `max_length`: refuse the job and list the rows, drop them, or cut their ends off."""
     precision: Precision = "bf16"
     """Arithmetic of forward and backward; optimizer state and master weights are fp32 in both cases."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+    lora: LoRAConfig | None = None
+    """Train adapters instead of all weights."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """When training state is saved."""
+    resume_from: str | None = None
+    """Checkpoint of another run of the same stage (a step folder or the folder of its steps) below one of the allowed roots;
+    training goes on behind its step. Refused where spec, data, tokenizer or the number of ranks differ."""
     seed: int = 42
     """Seed of row order and dropout."""
+
+    @model_validator(mode="after")
+    def _one_size_of_a_pass(self) -> SFTConfig:
+        if self.pack_tokens is None:
+            return self
+        if self.micro_batch_size != SFTConfig.model_fields["micro_batch_size"].default:
+            raise ValueError("expected either pack_tokens or micro_batch_size, got both; remove one of them")
+        if self.pack_tokens < self.max_length:
+            raise ValueError(
+                f"expected pack_tokens of at least max_length={self.max_length}, so that every row fits, got "
+                f"{self.pack_tokens}; raise it or lower max_length"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> SFTConfig:

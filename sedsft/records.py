@@ -24,6 +24,8 @@ class Row:
     messages: tuple[dict[str, str], ...]
     answer: str | None
     line: int
+    file: str = ""
+    """Name of the row's file where there are several."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +35,7 @@ class Example:
     input_ids_T: npt.NDArray[np.int32]
     trained_T: npt.NDArray[np.bool_]
     line: int
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -197,8 +197,8 @@ class _Resolver:
         if isinstance(stage, SFTStage):
             sft = stage.sft
             update: dict[str, Any] = {"data": self._data(sft.data, _read_sft, "sft", f"{pointer}/sft/data/path")}
-            if sft.calibration is not None:
-                update["calibration"] = self._data(sft.calibration, _read_sft, "sft", f"{pointer}/sft/calibration/path")
+            if sft.held_out is not None:
+                update["held_out"] = self._data(sft.held_out, _read_sft, "sft", f"{pointer}/sft/held_out/path")
             changes: dict[str, Any] = {"sft": sft.model_copy(update=update)}
         elif isinstance(stage, RLStage):
             scorer = stage.grpo.reward.name

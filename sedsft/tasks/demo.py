@@ -13,7 +13,7 @@ from sedsft.tasks.countdown import GROUPS, Problem, all_problems, derivation_tex
 from sedsft.tasks.tiny_model import DEFAULT_RECIPE, Recipe, pretrain_base
 
 SFT_ROWS = 1000
-CALIBRATION_ROWS = 100
+HELD_OUT_ROWS = 100
 RL_PROMPTS_PER_GROUP = 1200
 EVAL_PROBLEMS_PER_GROUP = 150
 
@@ -40,9 +40,9 @@ def prepare(
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """Write sft_narrow, calibration, rl_prompts and eval_3, eval_4, eval_H as .jsonl below `folder`.
+    """Write sft_narrow, held_out, rl_prompts and eval_3, eval_4, eval_H as .jsonl below `folder`.
 
-    SFT and calibration rows show one canonical derivation of problems that need no `*`; their problems differ. RL prompts are
+    SFT and held-out rows show one canonical derivation of problems that need no `*`; their problems differ. RL prompts are
     a third each of the groups 3, 4 and H. All of these are training problems; the evaluation's are held out.
     """
     rng = random.Random(seed)
@@ -53,9 +53,9 @@ def write_data(folder: Path, seed: int) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     narrow = [problem for problem in (*training["3"], *training["4"]) if problem.is_narrow]
-    turns = [_solved(problem, rng) for problem in rng.sample(narrow, SFT_ROWS + CALIBRATION_ROWS)]
+    turns = [_solved(problem, rng) for problem in rng.sample(narrow, SFT_ROWS + HELD_OUT_ROWS)]
     _write(folder / "sft_narrow.jsonl", turns[:SFT_ROWS])
-    _write(folder / "calibration.jsonl", turns[SFT_ROWS:])
+    _write(folder / "held_out.jsonl", turns[SFT_ROWS:])
 
     prompts = [problem for group in GROUPS for problem in rng.sample(training[group], RL_PROMPTS_PER_GROUP)]
     rng.shuffle(prompts)

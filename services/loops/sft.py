@@ -82,10 +82,10 @@ def _examples(run: Run, config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -
         return list(encoded.examples)
 
     examples = encode(config.data)
-    if config.calibration is not None:
-        return examples, encode(config.calibration)
+    if config.held_out is not None:
+        return examples, encode(config.held_out)
     if len(examples) < 2:
-        raise DataError(f"expected at least 2 rows in {config.data.path} to keep one for calibration, got {len(examples)}")
+        raise DataError(f"expected at least 2 rows in {config.data.path} to hold one out, got {len(examples)}")
     held_out = max(1, min(MAX_HELD_OUT_ROWS, len(examples) // 10))
     return examples[:-held_out], examples[-held_out:]
 

@@ -19,7 +19,7 @@ def sft_stage(**changes: Any) -> dict[str, Any]:
     sft = {
         "objective": {"type": "sed"},
         "data": {"path": "data/sft_narrow.jsonl", "max_rows": 200},
-        "calibration": {"path": "data/calibration.jsonl"},
+        "held_out": {"path": "data/held_out.jsonl"},
         "optimizer": {"learning_rate": 1e-3},
         "steps": 3,
         "batch_size": 32,

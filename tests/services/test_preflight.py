@@ -68,11 +68,11 @@ def problems(spec: JobSpec, root: Path) -> dict[str, str]:
 
 def test_paths_become_absolute_and_nothing_else_changes(root: Path) -> None:
     (root / "link.jsonl").symlink_to(root / "sft.jsonl")
-    spec = job(sft={"data": {"path": "link.jsonl"}, "calibration": {"path": str(root / "sft.jsonl"), "max_rows": 1}})
+    spec = job(sft={"data": {"path": "link.jsonl"}, "held_out": {"path": str(root / "sft.jsonl"), "max_rows": 1}})
     resolved = resolve(spec, [root])
     expected = spec.model_dump()
     expected["model"]["path"] = str(root / "model")
-    expected["sft"]["data"]["path"] = expected["sft"]["calibration"]["path"] = str(root / "sft.jsonl")
+    expected["sft"]["data"]["path"] = expected["sft"]["held_out"]["path"] = str(root / "sft.jsonl")
     assert resolved.model_dump() == expected
     # What is stored is read back as the same job.
     assert JOB_SPEC.validate_json(resolved.model_dump_json(exclude_unset=True)) == resolved
