@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -195,6 +196,32 @@ def report(
     with _client() as client:
         output.write_bytes(client.report(job_id))
     out.print(str(output), soft_wrap=True)
+
+
+@app.command()
+def explore(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    data: Annotated[str, typer.Option(help="SFT rows, as in a job's data.path.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("explore.html"),
+    rows: Annotated[int, typer.Option(min=1, help="Rows to read, measure and show.")] = 20,
+    top_k: Annotated[int, typer.Option(min=1, max=8, help="k of the coloured top-k mass.")] = 2,
+    mask_ratio: Annotated[float, typer.Option(help="r, the share of tokens without the diversity term.")] = 0.7,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens after which a row is cut.")] = 2048,
+) -> None:
+    """Draw what SED would see: response tokens by top-k mass, and how k and r set tau. Runs here, not as a job."""
+    options = {
+        "--model": model,
+        "--data": data,
+        "--out": output,
+        "--rows": rows,
+        "--top-k": top_k,
+        "--mask-ratio": mask_ratio,
+        "--max-length": max_length,
+    }
+    # A process of its own, since the command line stays free of torch.
+    command = [sys.executable, "-m", "services.explore", *(str(word) for option in options.items() for word in option)]
+    if code := subprocess.run(command, check=False).returncode:
+        raise typer.Exit(code)
 
 
 # ------------------------------------------------------------------------------------------------ deployments

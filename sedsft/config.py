@@ -93,15 +93,16 @@ class DataConfig(Config):
 
     path: Annotated[str, Field(min_length=1)]
     """A file, a glob pattern or a folder below one of the service's allowed roots: .jsonl, .json or .parquet, the first two
-    also compressed (.gz, .zst). `hf://datasets/<owner>/<name>` names a dataset of the hub, where the service may go online."""
+    also compressed (.gz, .zst). Several files are read in the order of their paths."""
     format: Literal["auto"] | Layout = "auto"
-    """Layout of a row. `auto` looks at the columns of the first row and refuses what fits more than one layout."""
+    """Layout of the rows of all files. `auto` looks at the columns of the first row and refuses what fits more than one."""
     columns: Annotated[dict[str, str], Field(max_length=16)] = Field(default_factory=dict)
-    """Names of columns where they differ from the layout's: `{"question": "query", "response": "output"}`."""
+    """Names of columns where they differ from the layout's: `{"question": "query", "response": "output"}`. A dotted name
+    leads into an object: `extra_info.question`."""
     system_prompt: str | None = None
     """System turn put before every conversation that has none; not for the layout `tokens`."""
     max_rows: PositiveInt | None = None
-    """Read only the first rows."""
+    """Read only the first rows of all files together."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens when rows cannot be used: refuse the job and list them by line, or skip, count and list them."""
 
@@ -143,19 +144,6 @@ def _check_warmup(optimizer: AdamWConfig, steps: int) -> None:
 
 
 Precision = Literal["bf16", "fp32"]
-
-
-class LoRAConfig(Config):
-    """Low-rank adapters on the linear layers (arXiv 2106.09685); the rest of the model is frozen. Merged on export."""
-
-    rank: PositiveInt = 16
-    """Rank of an adapter."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """An adapter's output is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on an adapter's input."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Names of the layers that get an adapter; `all-linear` is every linear layer but the output head."""
 
 
 class CheckpointConfig(Config):
@@ -200,8 +188,6 @@ class SFTConfig(Config):
     """Arithmetic of forward and backward; optimizer state and master weights are fp32 in both cases."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
-    lora: LoRAConfig | None = None
-    """Train adapters instead of all weights."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """When training state is saved."""
     resume_from: str | None = None
@@ -314,12 +300,12 @@ class GRPOConfig(Config):
 
 
 class Benchmark(Config):
-    """A file of `problem`, `answer` rows."""
+    """Rows of `problem` and `answer`."""
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
     """Name in tables and figures."""
     path: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .json or .parquet file with the columns `problem` and `answer`."""
+    """Files as a training stage names them, with the columns `problem` and `answer`."""
     max_rows: PositiveInt | None = None
     """Use only the first rows."""
 

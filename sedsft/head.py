@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sedsft.config import GEMObjective, SEDObjective
-from sedsft.objectives import PolicyObjective, TokenLoss, TokenObjective, TokenStatistics, gem_rows, token_loss
-from sedsft.vocabulary import IGNORED_LABEL, Chunk, LinearHead, scan_chunks, statistics_dtype
+from sedsft.kernels.contract import HeadShape
+from sedsft.objectives import PolicyObjective, TokenObjective, TokenStatistics, gem_rows, token_loss
+from sedsft.vocabulary import IGNORED_LABEL, Chunk, LinearHead, scan_chunks, scan_wide_chunks, statistics_dtype
 
 __all__ = ["IGNORED_LABEL", "HeadOutput", "linear_objective_loss", "token_statistics"]
 
@@ -70,7 +71,7 @@ def linear_objective_loss(
 
     Errors: ValueError for shapes, dtypes, labels, tau, top_k or a denominator that do not fit.
     """
-    head = LinearHead(weight_VH, bias_V, logit_scale, softcap)
+    head = LinearHead(weight_VH, bias_V, HeadShape(logit_scale, softcap))
     tau = _resolved_tau(objective, tau)
     top_k = objective.top_k if isinstance(objective, SEDObjective) and objective.mask else None
     _check_inputs(hidden_NH, head, labels_N, top_k, chunk_tokens)
@@ -106,7 +107,7 @@ def token_statistics(
 
     Arguments, dtypes, ignored labels and errors as in `linear_objective_loss`.
     """
-    head = LinearHead(weight_VH, bias_V, logit_scale, softcap)
+    head = LinearHead(weight_VH, bias_V, HeadShape(logit_scale, softcap))
     _check_inputs(hidden_NH, head, labels_N, top_k, chunk_tokens)
     statistics = _empty_statistics(hidden_NH, labels_N, top_k)
     for chunk in scan_chunks(hidden_NH, head, labels_N, top_k, chunk_tokens):
@@ -155,24 +156,18 @@ class _Gradients:
         self.bias_V = torch.zeros_like(head.bias_V, dtype=sum_dtype) if needed[2] and head.bias_V is not None else None
         self._head = head
 
-    def add(self, chunk: Chunk, dlogits_CV: Tensor) -> None:
-        """Adds one chunk. `dlogits_CV` is the gradient of the loss with respect to z and is overwritten."""
-        if self._head.logit_scale != 1:
-            dlogits_CV.mul_(self._head.logit_scale)
-        if chunk.slope_CV is not None:
-            dlogits_CV.mul_(chunk.slope_CV)
+    def add(self, chunk: Chunk, dproduct_CV: Tensor) -> None:
+        """Adds one chunk, given the gradient of the loss with respect to h W^T + b."""
         if self.bias_V is not None:
-            self.bias_V.add_(dlogits_CV.sum(dim=0))
-        if dlogits_CV.dtype != chunk.hidden_CH.dtype:
-            dlogits_CV = chunk.input_dtype_CV.copy_(dlogits_CV)
+            self.bias_V.add_(dproduct_CV.sum(dim=0, dtype=self.bias_V.dtype))
         if self.hidden_NH is not None:
-            self.hidden_NH.index_copy_(0, chunk.rows_C, dlogits_CV @ self._head.weight_VH)
+            self.hidden_NH.index_copy_(0, chunk.rows_C, dproduct_CV @ self._head.weight_VH)
         if self.weight_VH is None:
             return
-        if self.weight_VH.dtype == dlogits_CV.dtype:
-            self.weight_VH.addmm_(dlogits_CV.T, chunk.hidden_CH)
+        if self.weight_VH.dtype == dproduct_CV.dtype:
+            self.weight_VH.addmm_(dproduct_CV.T, chunk.hidden_CH)
         else:
-            self.weight_VH.add_(dlogits_CV.T @ chunk.hidden_CH)
+            self.weight_VH.add_(dproduct_CV.T @ chunk.hidden_CH)
 
 
 def _forward(
@@ -181,21 +176,21 @@ def _forward(
     statistics = _empty_statistics(hidden_NH, labels_N, plan.top_k)
     loss_N = torch.zeros_like(statistics.log_prob_N)
     active_N = torch.zeros_like(labels_N, dtype=torch.bool)
-    for chunk in scan_chunks(hidden_NH, head, labels_N, plan.top_k, plan.chunk_tokens):
-        _write_statistics(statistics, chunk)
-        if isinstance(plan.objective, GEMObjective):
-            log_probs_CV = chunk.centred_CV.sub_(chunk.total_C.log()[:, None])
-            loss_C, dlogits_CV = gem_rows(plan.objective, log_probs_CV, chunk.labels_C)
-            loss_N[chunk.rows_C] = loss_C
+    if isinstance(plan.objective, GEMObjective):
+        for wide in scan_wide_chunks(hidden_NH, head, labels_N, plan.top_k, plan.chunk_tokens):
+            _write_statistics(statistics, wide)
+            loss_N[wide.rows_C], dlogits_CV = gem_rows(plan.objective, wide.log_probs_CV(), wide.labels_C)
             if gradients is not None:
-                gradients.add(chunk, dlogits_CV.div_(plan.denominator))
-            continue
-        objective = plan.objective.at(chunk.rows_C) if isinstance(plan.objective, PolicyObjective) else plan.objective
-        tokens = token_loss(objective, chunk.statistics, plan.tau)
-        loss_N[chunk.rows_C] = tokens.loss_N
-        active_N[chunk.rows_C] = tokens.active_N
-        if gradients is not None:
-            gradients.add(chunk, _scalar_dlogits(chunk, tokens, plan.denominator))
+                gradients.add(wide, wide.of_dlogits_CV(dlogits_CV.div_(plan.denominator)))
+    else:
+        for chunk in scan_chunks(hidden_NH, head, labels_N, plan.top_k, plan.chunk_tokens):
+            _write_statistics(statistics, chunk)
+            objective = plan.objective.at(chunk.rows_C) if isinstance(plan.objective, PolicyObjective) else plan.objective
+            tokens = token_loss(objective, chunk.statistics, plan.tau)
+            loss_N[chunk.rows_C] = tokens.loss_N
+            active_N[chunk.rows_C] = tokens.active_N
+            if gradients is not None:
+                gradients.add(chunk, chunk.dproduct_CV(tokens.dloss_dlogp_N / plan.denominator))
     return HeadOutput(
         log_prob_N=statistics.log_prob_N,
         topk_mass_N=statistics.topk_mass_N,
@@ -205,13 +200,6 @@ def _forward(
         loss_N=loss_N,
         active_N=active_N,
     )
-
-
-def _scalar_dlogits(chunk: Chunk, tokens: TokenLoss, denominator: float) -> Tensor:
-    """dL/dlog p * (onehot - pi) / denominator, written over the chunk's exponentials."""
-    dlogp_C = tokens.dloss_dlogp_N / denominator
-    chunk.exp_CV.mul_((-dlogp_C / chunk.total_C)[:, None])
-    return chunk.exp_CV.scatter_add_(1, chunk.labels_C[:, None], dlogp_C[:, None])
 
 
 def _empty_statistics(hidden_NH: Tensor, labels_N: Tensor, top_k: int | None) -> TokenStatistics:
@@ -260,5 +248,8 @@ def _check_inputs(hidden_NH: Tensor, head: LinearHead, labels_N: Tensor, top_k: 
         raise ValueError(f"expected top_k in 1..{weight_VH.shape[0]} (the vocabulary), got {top_k}; lower it")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"expected chunk_tokens of at least 1, got {chunk_tokens}; leave it out to choose by memory")
-    if head.softcap is not None and not head.softcap > 0:
-        raise ValueError(f"expected a positive softcap, got {head.softcap}; leave it out for none")
+    shape = head.shape
+    if shape.softcap is not None and not shape.softcap > 0:
+        raise ValueError(f"expected a positive softcap, got {shape.softcap}; leave it out for none")
+    if not shape.logit_scale > 0:
+        raise ValueError(f"expected a positive logit_scale, got {shape.logit_scale}; leave it out for none")

@@ -3,8 +3,10 @@
     <root>/step-<n>.tmp-<attempt>/   being written; never read
     <root>/step-<n>/MANIFEST.json    complete: the manifest is the last file written before the rename
     <root>/latest                    name of the newest step folder
+    <root>/step-<n>.tmp-removed/     on its way out; never read
 
-Weights are safetensors and everything else is JSON or text: reading a checkpoint never unpickles.
+Training state lies in trainer/rank-<i>.safetensors beside the files of the model folder. Weights are safetensors and
+everything else is JSON or text: reading a checkpoint never unpickles.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +31,8 @@ FORMAT = 1
 """Version of the manifest's layout."""
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
+_TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+_REMOVED = ".tmp-removed"
 _FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -55,6 +59,10 @@ class CheckpointInfo:
     tau: float | None = None
     calibration: dict[str, Any] | None = None
     weight_version: int | None = None
+    tau_state: dict[str, Any] | None = None
+    """State of `sedsft.tau.TauController` behind `step`."""
+    identity: dict[str, Any] | None = None
+    """What a run must share with this one to resume from it, as plain JSON: see `check_identity`."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,12 @@ def verify(path: Path) -> Manifest:
     Raises:
         CheckpointInvalid: names the file and what differs.
     """
+    manifest = _read_manifest(path)
+    _compare(path, manifest.files, hashes=True)
+    return manifest
+
+
+def _read_manifest(path: Path) -> Manifest:
     manifest_path = path / MANIFEST
     try:
         record = json.loads(manifest_path.read_text(encoding="utf-8"))
@@ -131,9 +145,7 @@ def verify(path: Path) -> Manifest:
         ) from error
     except ValueError as error:
         raise CheckpointInvalid(f"expected JSON in {manifest_path}, got: {error}; use another checkpoint") from error
-    manifest = _parse(record, manifest_path)
-    _compare(path, manifest.files, hashes=True)
-    return manifest
+    return _parse(record, manifest_path)
 
 
 def latest(root: Path) -> Path | None:
@@ -155,6 +167,115 @@ def latest(root: Path) -> Path | None:
                 "to go on from an older one"
             )
     return newest
+
+
+def newest_good(roots: Sequence[Path], on_bad: Callable[[Path, CheckpointInvalid], None]) -> tuple[Path, Manifest] | None:
+    """The verified checkpoint of the highest step below any of `roots`, of equal steps that of the later root.
+
+    `on_bad` hears of every newer one that cannot be used. None when nothing was ever published below `roots`.
+
+    Raises:
+        CheckpointInvalid: there were checkpoints and none is good, so that starting anew would hide a loss.
+    """
+    found = [
+        (int(match[1]), place, path)
+        for place, root in enumerate(roots)
+        for path in root.glob("step-*")
+        if (match := _STEP_FOLDER.fullmatch(path.name))
+    ]
+    found += [(int(path.name[5:]), place, path) for place, root in enumerate(roots) if (path := _lost(root)) is not None]
+    problems = []
+    for _, _, path in sorted(found, key=lambda entry: entry[:2], reverse=True):
+        try:
+            return path, verify(path)
+        except CheckpointInvalid as error:
+            on_bad(path, error)
+            problems.append(error.message)
+    if problems:
+        raise CheckpointInvalid(
+            f"expected one good checkpoint among {len(problems)}, all are broken: {' | '.join(problems)}; restore one of them, "
+            "or submit the job anew to train from the start"
+        )
+    return None
+
+
+def _lost(root: Path) -> Path | None:
+    """The folder that the pointer of `root` names, if it is gone."""
+    pointer = root / POINTER
+    if not pointer.exists():
+        return None
+    named = root / pointer.read_text(encoding="utf-8").strip()
+    return named if _STEP_FOLDER.fullmatch(named.name) and not named.exists() else None
+
+
+def prune(root: Path, keep: int) -> list[Path]:
+    """Remove all checkpoints below `root` but the newest `keep` whose files are all there; the folders removed.
+
+    Raises:
+        ValueError: `keep` is below 2, which would leave nothing to fall back on.
+    """
+    if keep < 2:
+        raise ValueError(f"expected to keep at least 2 checkpoints, got {keep}")
+    for leftover in root.glob(f"step-*{_REMOVED}"):
+        shutil.rmtree(leftover)
+    steps = {int(match[1]): path for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))}
+    kept, removed = 0, []
+    for step in sorted(steps, reverse=True):
+        if kept >= keep:
+            # Renamed first, so that a crash never leaves half a checkpoint under its name.
+            hidden = root / f"{steps[step].name}{_REMOVED}"
+            steps[step].rename(hidden)
+            _fsync(root)
+            shutil.rmtree(hidden)
+            removed.append(steps[step])
+        elif _is_whole(steps[step]):
+            kept += 1
+    return removed
+
+
+def _is_whole(path: Path) -> bool:
+    """True if manifest and sizes agree; hashes are left for `verify`."""
+    try:
+        _compare(path, _read_manifest(path).files, hashes=False)
+    except CheckpointInvalid:
+        return False
+    return True
+
+
+def check_identity(manifest: Manifest, identity: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on from the checkpoint at `path` with other settings than it was trained with.
+
+    Raises:
+        CheckpointInvalid: names each field that differs, with both values.
+    """
+    before = manifest.info.identity
+    if before is None:
+        raise CheckpointInvalid(f"expected training state in {path}, it was saved without; use a checkpoint of this version")
+    old, new = _leaves(before), _leaves(json.loads(json.dumps(identity)))
+    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if differing:
+        diff = "; ".join(f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} here" for name in differing)
+        raise CheckpointInvalid(
+            f"expected the settings of {path} to resume from it, these differ: {diff}. Use the same settings, or start "
+            "from its weights with the checkpoint as the model"
+        )
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
+    """Leaves of nested JSON as text, by their dotted path."""
+    if isinstance(value, dict):
+        return {name: leaf for key, part in value.items() for name, leaf in _leaves(part, f"{prefix}.{key}".strip(".")).items()}
+    return {prefix: json.dumps(value, sort_keys=True)}
+
+
+def state_file(rank: int) -> str:
+    """Name of a rank's training state inside a checkpoint."""
+    return f"trainer/rank-{rank}.safetensors"
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """Hash over names and content of the tokenizer's files in a model folder."""
+    return _tokenizer_hash([describe(folder, path.name) for path in folder.iterdir() if path.name.startswith(_TOKENIZER)])
 
 
 def _parse(record: Any, path: Path) -> Manifest:
@@ -197,8 +318,7 @@ def _compare(folder: Path, files: Sequence[FileRecord], *, hashes: bool) -> None
 
 
 def _tokenizer_hash(files: Sequence[FileRecord]) -> str:
-    names = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
-    parts = sorted(f"{file.name} {file.sha256}" for file in files if file.name.startswith(names))
+    parts = sorted(f"{file.name} {file.sha256}" for file in files if file.name.startswith(_TOKENIZER))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ Everything wrong is collected and raised at once, each with a JSON pointer into 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import struct
@@ -15,9 +16,11 @@ from typing import Any, TypeVar
 
 from sedsft.config import Benchmark, DataConfig
 from sedsft.data import BadRow, DataFileError, DataRowsError
+from sedsft.data.files import find_files, split_pattern
 from sedsft.data.sources import read_benchmark, read_prompt_rows, read_sft_rows
 from sedsft.records import Row
 from sedsft.tasks.countdown import countdown_verdict
+from services.checkpoints import MANIFEST
 from services.jobspec import (
     REFERENCE_CPUS,
     EvalStage,
@@ -199,6 +202,9 @@ class _Resolver:
             update: dict[str, Any] = {"data": self._data(sft.data, _read_sft, "sft", f"{pointer}/sft/data/path")}
             if sft.held_out is not None:
                 update["held_out"] = self._data(sft.held_out, _read_sft, "sft", f"{pointer}/sft/held_out/path")
+            if sft.resume_from is not None:
+                pointer_to = f"{pointer}/sft/resume_from"
+                update["resume_from"] = self._checked(sft.resume_from, pointer_to, ("checkpoint",), _check_checkpoint)
             changes: dict[str, Any] = {"sft": sft.model_copy(update=update)}
         elif isinstance(stage, RLStage):
             scorer = stage.grpo.reward.name
@@ -256,13 +262,20 @@ class _Resolver:
                 raise _Refused(str(error)) from error
 
         settings = source.model_dump_json(exclude={"path", "name"})
-        path = self._checked(source.path, pointer, (read.__name__, purpose, settings), check)
+        path = self._checked(source.path, pointer, (read.__name__, purpose, settings), check, real_data_path)
         return source.model_copy(update={"path": path})
 
-    def _checked(self, text: str, pointer: str, kind: tuple[str, ...], check: Callable[[Path], None]) -> str:
-        """The real path, as text; what is wrong with it or its content becomes a problem."""
+    def _checked(
+        self,
+        text: str,
+        pointer: str,
+        kind: tuple[str, ...],
+        check: Callable[[Path], None],
+        locate: Callable[[str, Sequence[Path]], Path] | None = None,
+    ) -> str:
+        """The real path, or what `locate` makes of it, as text; what is wrong with it or its content becomes a problem."""
         try:
-            path = real_path(text, self.roots)
+            path = (locate or real_path)(text, self.roots)
         except _Refused as error:
             self.problems.append(SpecProblem(pointer, str(error)))
             return text
@@ -276,6 +289,14 @@ class _Resolver:
         if (verdict := self._verdicts[key]) is not None:
             self.problems.append(SpecProblem(pointer, verdict))
         return str(path)
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Refuse what is neither a checkpoint nor a folder of checkpoints; hashes are compared when the stage starts."""
+    if not (folder / MANIFEST).is_file() and not any(folder.glob(f"step-*/{MANIFEST}")):
+        raise _Refused(
+            f"expected a checkpoint or a folder of checkpoints, got {folder} without {MANIFEST}; give .../checkpoints/step-<n>"
+        )
 
 
 def _read_sft(data: DataConfig, purpose: str) -> None:
@@ -323,6 +344,29 @@ def real_path(text: str, roots: Sequence[Path]) -> Path:
     if not exists:
         raise _Refused(f"expected {path} to exist, it does not; check the spelling, relative paths start at {roots[0]}")
     return path
+
+
+def real_data_path(text: str, roots: Sequence[Path]) -> Path:
+    """Absolute path of a file or folder, or pattern below an absolute folder, all of whose files lie below one of `roots`."""
+    if "\0" in text:
+        raise _Refused("expected a path, got one with a null character")
+    base, pattern = split_pattern(str(roots[0] / text))
+    resolved = str(real_path(base if pattern else text, roots))
+    if pattern:
+        resolved = os.path.join(glob.escape(resolved), pattern)
+    try:
+        files = find_files(resolved)
+    except DataFileError as error:
+        raise _Refused(str(error)) from error
+    for file in files:
+        real = Path(os.path.realpath(file))
+        if not any(real.is_relative_to(root) for root in roots):
+            allowed = " or ".join(map(str, roots))
+            raise _Refused(
+                f"expected a path whose files lie below {allowed}, got {text!r} with {file}, which leads to "
+                f"{real}; copy it there"
+            )
+    return Path(resolved)
 
 
 # ------------------------------------------------------------------------------------------------------ models

@@ -24,6 +24,7 @@ _SFT_CURVES = {
     "ce": ("Cross-entropy", "−log p of the target"),
     "extra": ("Extra term", "loss − cross-entropy"),
     "masked_share": ("Masked share", "tokens without the diversity term (M = 0)"),
+    "tau": ("τ", "top-k mass from which on a token gets no diversity term"),
     "entropy": ("Token entropy", "nats"),
     "target_prob": ("Target probability", "mean p"),
     "learning_rate": ("Learning rate", ""),
@@ -48,7 +49,7 @@ _RL_CURVES = {
 _PHASES = {"seconds_rollout": "rollout", "seconds_score": "score", "seconds_train": "train", "seconds_sync": "sync"}
 _KINDS = {"sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 _ERROR_SIGNS = ("fail", "error", "invalid", "crash", "died", "timeout", "diverged", "mismatch")
-_WARNING_SIGNS = ("dropped", "skipped", "refitted", "cancel")
+_WARNING_SIGNS = ("dropped", "skipped", "cut", "broken", "refitted", "cancel")
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,9 @@ def _status(attempt: Attempt) -> tuple[str, StatusReason | None]:
 
 def _checkpoints(attempt: Attempt) -> list[CheckpointRecord]:
     """What the job published, from its events: a job that died has them too, and the terminal record comes after the report."""
-    return [CheckpointRecord(**event["data"]) for event in attempt.events if event["kind"] == "checkpoint"]
+    removed = {event["data"]["path"] for event in attempt.events if event["kind"] == "checkpoint_removed"}
+    records = [CheckpointRecord(**event["data"]) for event in attempt.events if event["kind"] == "checkpoint"]
+    return [record for record in records if record.path not in removed]
 
 
 def _curve_section(attempt: Attempt, kind: str) -> CurveSection | None:

@@ -114,6 +114,11 @@ class Run:
         self.checkpoints.append(record)
         self.event("checkpoint", f"published {record.path}", **asdict(record))
 
+    def removed(self, path: Path) -> None:
+        """Note that a checkpoint published before is no longer there."""
+        self.checkpoints = [record for record in self.checkpoints if record.path != str(path)]
+        self.event("checkpoint_removed", f"removed {path}", path=str(path))
+
     def finish(self, status: Any, reason: StatusReason | None) -> None:
         """Write the terminal record and close."""
         self._progress = replace(self._progress, phase="ended")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from sqlalchemy import JSON, ForeignKey, func, select
+from sqlalchemy import JSON, ForeignKey, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from api.db import Base, Database
@@ -291,6 +291,12 @@ class JobStore:
                 _add_event(session, attempt.job_id, event["kind"], event["message"], event["data"], event["time"])
                 if event["kind"] == "checkpoint":
                     _add_checkpoint(session, attempt.job_id, CheckpointRecord(**event["data"]), event["time"])
+                elif event["kind"] == "checkpoint_removed":
+                    session.execute(
+                        delete(CheckpointRow).where(
+                            CheckpointRow.job_id == attempt.job_id, CheckpointRow.path == event["data"]["path"]
+                        )
+                    )
 
     def progress(self, job_id: str, progress: dict[str, Any], heartbeat_at: float) -> None:
         """Store the driver's progress; the job runs from the first one on."""

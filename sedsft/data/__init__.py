@@ -15,6 +15,13 @@ class BadRow:
 
     line: int
     reason: str
+    file: str = ""
+    """Name of the row's file where there are several."""
+
+    @property
+    def place(self) -> str:
+        """Where the row stands, for people."""
+        return f"{self.file}, line {self.line}" if self.file else f"line {self.line}"
 
 
 class DataFileError(ValueError):
@@ -25,7 +32,7 @@ class DataRowsError(DataFileError):
     """Rows that cannot be used, all of them in one error; the text lists the first 20 by line."""
 
     def __init__(self, expected: str, bad: Sequence[BadRow], remedy: str) -> None:
-        listed = "".join(f"\n  line {row.line}: {row.reason}" for row in bad[:_LISTED_ROWS])
+        listed = "".join(f"\n  {row.place}: {row.reason}" for row in bad[:_LISTED_ROWS])
         more = f"\n  and {len(bad) - _LISTED_ROWS} more" if len(bad) > _LISTED_ROWS else ""
         noun = "bad row" if len(bad) == 1 else "bad rows"
         super().__init__(f"expected {expected}, got {len(bad)} {noun}; {remedy}:{listed}{more}")

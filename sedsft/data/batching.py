@@ -1,14 +1,17 @@
-"""Rows to padded micro-batches, and per-token results back to rows.
+"""Rows to ranks and to padded or packed micro-batches, and per-token results back to rows.
 
-Shape suffixes: B rows of a micro-batch, T positions (padded on the right), N = B * T flat, R labelled tokens of one row.
+Shape suffixes: B rows of a padded micro-batch (1 of a packed one), T positions, N = B * T flat, R labelled tokens of one row.
+Padding stands on the right. Packed rows stand end to end; their positions restart at 0, by which the model tells them apart.
 Labels are shifted once, here: position t carries the label of token t + 1, so results at t speak about token t + 1.
 """
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +23,16 @@ from sedsft.vocabulary import IGNORED_LABEL
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """Rows of one forward pass. `rows[b]` is the index, in the list the batch was made from, of row b."""
+    """Rows of one forward pass. `rows[i]` is the index, in the list the batch was made from, of its i-th row.
+
+    Without an attention mask the batch is packed: B is 1 and a row begins wherever the position is 0. Transformers builds the
+    mask from the positions then (`masking_utils.find_packed_sequence_indices`), for sdpa and eager attention alike, but only
+    where the forward pass keeps no cache (`use_cache=False`).
+    """
 
     rows: tuple[int, ...]
     input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor | None
     position_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
 
@@ -35,8 +43,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name.endswith("_BT")}
-        return replace(self, **tensors)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_BT")}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if value is not None}
+        return replace(self, **moved)
 
     @classmethod
     def empty(cls) -> Self:
@@ -68,6 +77,39 @@ def sft_micro_batches(examples: Sequence[Example], micro_batch_size: int) -> lis
     return batches
 
 
+def packed_micro_batches(examples: Sequence[Example], pack_tokens: int) -> list[MicroBatch]:
+    """Lay `examples` end to end in batches of shape [1, T <= pack_tokens]; no label crosses from one row into the next.
+
+    Best-fit decreasing: the longest row first, each into the fullest batch that still has room for it.
+
+    Raises:
+        ValueError: a row has no token or more than `pack_tokens`.
+    """
+    return [
+        _packed(rows, [examples[row] for row in rows]) for rows in _packs([len(e.input_ids_T) for e in examples], pack_tokens)
+    ]
+
+
+def balanced_shards(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Indices of rows of `lengths` tokens for each rank, ascending, with about the same number of tokens on all.
+
+    Longest first, each row goes to the rank with the fewest tokens so far (the first of equals), so two ranks differ by at
+    most the longest row. A pure function of its arguments.
+
+    Raises:
+        ValueError: `num_ranks` is less than 1.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"expected at least one rank, got {num_ranks}")
+    shards: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0, rank) for rank in range(num_ranks)]
+    for row in _longest_first(lengths):
+        load, rank = loads[0]
+        shards[rank].append(row)
+        heapq.heapreplace(loads, (load + lengths[row], rank))
+    return [sorted(shard) for shard in shards]
+
+
 def policy_micro_batches(policy_rows: Sequence[PolicyRow], micro_batch_size: int) -> list[PolicyMicroBatch]:
     """Pad prompts with their responses; every response token is labelled and carries the response's advantage."""
     batches = []
@@ -94,13 +136,50 @@ def labelled_values(batch: MicroBatch, values_N: torch.Tensor) -> list[npt.NDArr
     """Split flat per-position values into one array per row, R long: its labelled tokens in order."""
     values_BT = values_N.detach().float().cpu().numpy().reshape(batch.labels_BT.shape)
     labelled_BT = (batch.labels_BT != IGNORED_LABEL).cpu().numpy()
-    return [values_BT[b][labelled_BT[b]] for b in range(len(batch.rows))]
+    if batch.attention_mask_BT is not None:
+        return [values_BT[b][labelled_BT[b]] for b in range(len(batch.rows))]
+    borders = np.flatnonzero(batch.position_ids_BT[0].cpu().numpy() == 0)[1:]
+    rows = zip(np.split(values_BT[0], borders), np.split(labelled_BT[0], borders), strict=True)
+    return [values_T[labelled_T] for values_T, labelled_T in rows]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    """Row indices, longest first; equal lengths keep their order."""
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
 
 def _by_length(lengths: Sequence[int], micro_batch_size: int) -> list[tuple[int, ...]]:
-    """Row indices in chunks, longest first; equal lengths keep their order."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    """Row indices in chunks, longest first."""
+    order = _longest_first(lengths)
     return [tuple(order[i : i + micro_batch_size]) for i in range(0, len(order), micro_batch_size)]
+
+
+def _packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
+    """Row indices of each pack."""
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, pack), ascending
+    for row in _longest_first(lengths):
+        length = lengths[row]
+        if not 1 <= length <= pack_tokens:
+            raise ValueError(f"expected rows of 1 to pack_tokens={pack_tokens} tokens, got {length} in row {row}")
+        at = bisect_left(rooms, (length, 0))
+        if at == len(rooms):
+            rooms.append((pack_tokens, len(packs)))
+            packs.append([])
+        free, pack = rooms.pop(at)
+        packs[pack].append(row)
+        insort(rooms, (free - length, pack))
+    return packs
+
+
+def _packed(rows: Sequence[int], chosen: Sequence[Example]) -> MicroBatch:
+    ids = [e.input_ids_T.astype(np.int64) for e in chosen]
+    positions = [np.arange(len(row)) for row in ids]
+    labels = [np.append(np.where(e.trained_T, e.input_ids_T, IGNORED_LABEL)[1:], IGNORED_LABEL) for e in chosen]
+    ids_BT, positions_BT, labels_BT = (
+        torch.from_numpy(np.concatenate(parts)[None]).long() for parts in (ids, positions, labels)
+    )
+    return MicroBatch(tuple(rows), ids_BT, None, positions_BT, labels_BT)
 
 
 def _responses(pairs: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]) -> tuple[torch.Tensor, ...]:

@@ -27,10 +27,15 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """Tokenized conversations; `dropped` are the lines of rows that were too long."""
+    """Tokenized conversations.
+
+    Of rows that were too long, `cut` are the lines of those that lost their end, `dropped` of those that are not among the
+    examples: all of them when rows are dropped, else those that would have no trained token left.
+    """
 
     examples: tuple[Example, ...]
     dropped: tuple[int, ...]
+    cut: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +80,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode_sft(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, on_too_long: Literal["error", "drop"]
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, on_too_long: Literal["error", "drop", "cut"]
 ) -> EncodedRows:
     """Token ids and loss masks of conversations; what follows the last trained token is left out.
 
-    Trained are the assistant's turns, each with its end token and not with the line break behind it.
+    Trained are the assistant's turns, each with its end token and not with the line break behind it. With on_too_long="cut" a
+    row longer than `max_length` tokens ends with the last trained token within them.
 
     Raises:
         DataRowsError: rows that the template refuses, rows without a trained token, or, with on_too_long="error", rows
@@ -88,6 +94,7 @@ def encode_sft(
     find_turns = _turns_by_blocks if _GENERATION_BLOCK.search(str(tokenizer.chat_template)) else _turns_by_prefixes
     end_ids = _end_ids(tokenizer)
     examples: list[Example] = []
+    cut: list[int] = []
     too_long: list[BadRow] = []
     bad: list[BadRow] = []
     for row in rows:
@@ -97,22 +104,29 @@ def encode_sft(
             ids: list[int] = encoded["input_ids"]
             trained = [_trained_tokens(ids, encoded["offset_mapping"], span, end_ids) for span in spans]
         except _Refused as reason:
-            bad.append(BadRow(row.line, str(reason)))
+            bad.append(BadRow(row.line, str(reason), row.file))
             continue
         length = max(end for _, end in trained)
-        if length > max_length:
-            too_long.append(BadRow(row.line, f"{length} tokens, of which the response would be cut"))
-            continue
         trained_T = np.zeros(length, dtype=np.bool_)
         for start, end in trained:
             trained_T[start:end] = True
-        examples.append(Example(np.array(ids[:length], dtype=np.int32), trained_T, row.line))
+        if length > max_length:
+            kept = np.flatnonzero(trained_T[:max_length])
+            # The first token is never predicted, so a row that keeps no other trained token would carry no loss.
+            if on_too_long != "cut" or not kept.any():
+                lost = "no trained token would be left" if on_too_long == "cut" else "of which the response would be cut"
+                too_long.append(BadRow(row.line, f"{length} tokens, {lost}", row.file))
+                continue
+            length = int(kept[-1]) + 1
+            trained_T = trained_T[:length]
+            cut.append(row.line)
+        examples.append(Example(np.array(ids[:length], dtype=np.int32), trained_T, row.line, row.file))
     if bad:
         raise DataRowsError("rows that the chat template can render", bad, "mend or remove these rows")
     if too_long and (on_too_long == "error" or not examples):
-        remedy = "raise max_length, shorten these rows or set on_too_long to drop"
+        remedy = "raise max_length or shorten these rows" + (" or set on_too_long" if on_too_long == "error" else "")
         raise DataRowsError(f"rows of at most max_length={max_length} tokens", too_long, remedy)
-    return EncodedRows(tuple(examples), tuple(row.line for row in too_long))
+    return EncodedRows(tuple(examples), tuple(row.line for row in too_long), tuple(cut))
 
 
 def encode_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> EncodedPrompts:
@@ -130,11 +144,11 @@ def encode_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_
             if row.answer is None:
                 raise _Refused("expected a gold answer, got none")
         except _Refused as reason:
-            bad.append(BadRow(row.line, str(reason)))
+            bad.append(BadRow(row.line, str(reason), row.file))
             continue
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > max_prompt_tokens:
-            too_long.append(BadRow(row.line, f"{len(ids)} tokens"))
+            too_long.append(BadRow(row.line, f"{len(ids)} tokens", row.file))
         else:
             prompts.append(Prompt(tuple(ids), text, row.answer, row.line))
     if bad:

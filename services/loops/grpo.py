@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def sampling(config: GRPOConfig) -> SamplingConfig:
 def _prompts(run: Run, config: GRPOConfig, model_path: Path) -> list[Prompt]:
     rows = read_prompt_rows(config.data)
     if rows.skipped:
-        run.event("rows_skipped", f"{len(rows.skipped)} rows have an empty gold answer", lines=list(rows.skipped))
+        run.event("rows_skipped", f"{len(rows.skipped)} rows cannot be used", rows=[asdict(bad) for bad in rows.skipped])
     encoded = encode_prompts(rows.rows, load_tokenizer(model_path), config.max_prompt_tokens)
     if encoded.dropped:
         run.event("rows_dropped", f"{len(encoded.dropped)} prompts are too long", lines=list(encoded.dropped))

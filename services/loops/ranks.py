@@ -59,6 +59,12 @@ def publish(run: Run, trainers: ActorGroup, folder: Path, info: CheckpointInfo) 
     run.published(checkpoints.publish(writing, files, info))
 
 
+def prune(run: Run, folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of this attempt below the stage's `folder`."""
+    for removed in checkpoints.prune(folder / "checkpoints", keep):
+        run.removed(removed)
+
+
 def spec_sha256(run: Run) -> str:
     """Hash of the resolved spec, which a checkpoint carries."""
     return hashlib.sha256((run.folder.parent / "spec.json").read_bytes()).hexdigest()

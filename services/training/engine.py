@@ -22,6 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -29,11 +30,18 @@ from transformers.utils.logging import disable_progress_bar
 from sedsft.config import AdamWConfig, Precision
 from sedsft.data.batching import MicroBatch
 from sedsft.data.chat import load_tokenizer
-from services.checkpoints import FileRecord, describe
-from services.errors import TrainingDiverged
+from services.checkpoints import FileRecord, describe, state_file
+from services.errors import CheckpointInvalid, TrainingDiverged
 from services.training.model import LinearHead, linear_head, open_model
 from services.training.ranks import RankSetup
 from services.training.schedule import learning_rate
+from services.training.state import (
+    load_optimizer_tensors,
+    load_random_tensors,
+    optimizer_tensors,
+    random_tensors,
+    refresh_weights,
+)
 
 COLLECTIVE_TIMEOUT_S = 1800
 _BUCKET_ELEMENTS = 50_000_000
@@ -52,6 +60,8 @@ class EngineSetup:
     total_steps: int
     seed: int
     ranks: RankSetup
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
 
 
 LossHead = Callable[[torch.Tensor, LinearHead, BatchT], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -92,6 +102,8 @@ class TrainEngine:
         _join(setup.ranks)
         self.device = torch.device("cuda", 0) if setup.ranks.gpu else torch.device("cpu")
         model = open_model(setup.model_path, torch.bfloat16 if setup.precision == "bf16" else torch.float32)
+        if setup.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         module = HeadedModel(model)
         self._optimizer = _adamw(module, setup.optimizer)
         self._engine, *_ = deepspeed.initialize(
@@ -171,6 +183,40 @@ class TrainEngine:
             return []
         self._tokenizer.save_pretrained(folder)
         return [describe(folder, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's optimizer state and random generators, as copies on CPU. Not collective."""
+        return optimizer_tensors(self._engine.optimizer, self._optimizer) | random_tensors()
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go back to where `state_tensors` was taken on this rank; the weights are then bit for bit what they were.
+
+        Raises:
+            CheckpointInvalid: the tensors are those of another model, ZeRO stage or number of ranks.
+        """
+        load_optimizer_tensors(self._engine.optimizer, self._optimizer, tensors)
+        refresh_weights(self._engine.optimizer)
+        load_random_tensors(tensors)
+
+    def save_state(self, folder: Path) -> list[FileRecord]:
+        """Write this rank's `state_tensors` as trainer/rank-<i>.safetensors below `folder`."""
+        # The files of the model are listed by then, so that none is listed by two ranks.
+        dist.barrier()
+        name = state_file(self.setup.ranks.rank)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_tensors(), folder / name)
+        return [describe(folder, name)]
+
+    def load_state(self, folder: Path) -> None:
+        """Load what `save_state` wrote into `folder`, a verified checkpoint.
+
+        Raises:
+            CheckpointInvalid: it holds no state for this rank, or that of another setting.
+        """
+        path = folder / state_file(self.setup.ranks.rank)
+        if not path.is_file():
+            raise CheckpointInvalid(f"expected the trainer state {path}, it is missing; use a checkpoint of a training run")
+        self.load_state_tensors(load_file(path))
 
     def export_weights(self, folder: Path) -> None:
         """Write weights and config only, for samplers that already have the tokenizer. Rank 0 writes."""

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedsft.data.batching import MicroBatch, labelled_values, sft_micro_batches
+from sedsft.config import SEDObjective
+from sedsft.data.batching import MicroBatch, labelled_values, packed_micro_batches, sft_micro_batches
+from sedsft.exploration import MassSketch
 from sedsft.head import IGNORED_LABEL, HeadOutput, linear_objective_loss, token_statistics
 from sedsft.records import Example
 from services.checkpoints import FileRecord
@@ -51,33 +53,42 @@ class SFTWorker:
                 total_steps=setup.total_steps,
                 seed=config.seed,
                 ranks=setup.ranks,
+                gradient_checkpointing=config.gradient_checkpointing,
             )
         )
 
-    def token_masses(self, examples: Sequence[Example], top_k: int) -> npt.NDArray[np.float32]:
-        """Top-k mass of every trained token of this rank's `examples` under the current weights, in row order."""
+    def resume(self, folder: Path) -> None:
+        """Go back to the state that `save` wrote into `folder`, a verified checkpoint of the same number of ranks."""
+        self._engine.load_state(folder)
+
+    def mass_sketch(self, examples: Sequence[Example], top_k: int) -> MassSketch:
+        """Top-k masses of the trained tokens of this rank's `examples` under the current weights; adds up over ranks."""
 
         def masses(hidden_NH: torch.Tensor, head: LinearHead, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
             statistics = token_statistics(hidden_NH, head.weight_VH, batch.labels_N, top_k=top_k, **head.options)
             assert statistics.topk_mass_N is not None
-            return (statistics.topk_mass_N,)
+            return (statistics.topk_mass_N[batch.labels_N != IGNORED_LABEL],)
 
-        batches = sft_micro_batches(examples, self._config.micro_batch_size)
-        per_row: dict[int, npt.NDArray[np.float32]] = {}
-        for batch, (mass_N,) in zip(batches, self._engine.statistics(batches, masses), strict=True):
-            per_row.update(zip(batch.rows, labelled_values(batch, mass_N), strict=True))
-        return np.concatenate([np.empty(0, np.float32), *(per_row[row] for row in range(len(examples)))])
+        sketch = MassSketch.empty()
+        for (mass_R,) in self._engine.statistics(self._batches(examples), masses):
+            sketch += MassSketch.of(mass_R.numpy())
+        return sketch
 
-    def train_step(self, examples: Sequence[Example], denominator: int, tau: float | None, step: int) -> dict[str, float]:
+    def train_step(
+        self, examples: Sequence[Example], denominator: int, tau: float | None, step: int
+    ) -> tuple[dict[str, float], MassSketch | None]:
         """One optimizer step, `step` counted from 1. `examples` are this rank's, `denominator` the trained tokens of all ranks.
 
-        Returns sums over this rank's tokens that add up over ranks: `loss`, `ce` and `extra` = loss - ce (none divided by
-        the denominator), `entropy`, `target_prob`, `active` (diversity term applied) and
-        `tokens`; and `grad_norm` and `learning_rate`, equal on all ranks.
+        Returns sums over this rank's tokens that add up over ranks: `loss`, `ce` and `extra` = loss - ce (none divided by the
+        denominator), `entropy`, `target_prob`, `active` (diversity term applied) and `tokens`; and `grad_norm` and
+        `learning_rate`, equal on all ranks. Second, where tau follows the model, the top-k masses of this rank's tokens.
 
         Raises:
             TrainingDiverged: loss or gradient norm is not finite; raised on all ranks.
         """
+        objective = self._config.objective
+        follows = isinstance(objective, SEDObjective) and objective.mask and objective.tau_mode == "running"
+        masses: list[torch.Tensor] = []
 
         def loss(hidden_NH: torch.Tensor, head: LinearHead, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             output = linear_objective_loss(
@@ -89,12 +100,16 @@ class SFTWorker:
                 denominator=denominator,
                 **head.options,
             )
+            if follows:
+                assert output.topk_mass_N is not None
+                masses.append(output.topk_mass_N[batch.labels_N != IGNORED_LABEL])
             return output.loss, _sums(output, batch.labels_N)
 
-        batches = sft_micro_batches(examples, self._config.micro_batch_size)
+        batches = self._batches(examples)
         sums = self._engine.backward(batches, MicroBatch.empty(), loss, step)
         grad_norm, rate = self._engine.step(step)
-        return {**sums, "extra": sums["loss"] - sums["ce"], "grad_norm": grad_norm, "learning_rate": rate}
+        figures = {**sums, "extra": sums["loss"] - sums["ce"], "grad_norm": grad_norm, "learning_rate": rate}
+        return figures, MassSketch.of(torch.cat(masses).cpu().numpy()) if follows else None
 
     def inspect(self, examples: Sequence[Example], tau: float | None, top_k: int) -> list[InspectedRow]:
         """This rank's `examples` token by token under the current weights.
@@ -111,16 +126,38 @@ class SFTWorker:
             assert statistics.topk_mass_N is not None
             return statistics.log_prob_N.exp(), statistics.topk_mass_N, output.active_N
 
-        batches = sft_micro_batches(examples, self._config.micro_batch_size)
+        batches = self._batches(examples)
         inspected: dict[int, InspectedRow] = {}
         for batch, flat in zip(batches, self._engine.statistics(batches, values), strict=True):
             for row, *columns in zip(batch.rows, *(labelled_values(batch, value_N) for value_N in flat), strict=True):
                 inspected[row] = _inspected(examples[row], *columns)
         return [inspected[row] for row in range(len(examples))]
 
+    def evaluate(self, examples: Sequence[Example], tau: float | None) -> dict[str, float]:
+        """Sums of `ce`, `entropy`, `active` and `tokens` over this rank's `examples`, without dropout; they add up."""
+
+        def values(hidden_NH: torch.Tensor, head: LinearHead, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+            output = linear_objective_loss(
+                hidden_NH, head.weight_VH, batch.labels_N, self._config.objective, tau=tau, denominator=1, **head.options
+            )
+            return -output.log_prob_N, output.entropy_N, output.active_N, batch.labels_N != IGNORED_LABEL
+
+        totals = np.zeros(4)
+        for flat in self._engine.statistics(self._batches(examples), values):
+            totals += [float(value_N.double().sum()) for value_N in flat]
+        return dict(zip(("ce", "entropy", "active", "tokens"), map(float, totals), strict=True))
+
     def save(self, folder: Path) -> list[FileRecord]:
-        """Write a model folder into `folder`; rank 0 writes and returns the files with their hashes."""
-        return self._engine.export_hf(folder)
+        """Write a model folder into `folder`, by rank 0, and this rank's training state below `trainer/`.
+
+        Returns the files that this rank wrote, with their hashes.
+        """
+        return self._engine.export_hf(folder) + self._engine.save_state(folder)
+
+    def _batches(self, examples: Sequence[Example]) -> list[MicroBatch]:
+        if self._config.pack_tokens is not None:
+            return packed_micro_batches(examples, self._config.pack_tokens)
+        return sft_micro_batches(examples, self._config.micro_batch_size)
 
 
 def _sums(output: HeadOutput, labels_N: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from api import cli, watch
 from api.app import create_app
 from api.backends.base import Observation
 from api.settings import Settings
+from sedsft.tasks.tiny_model import countdown_model, countdown_tokenizer
 from services.rundir import Progress, Result, RunWriter, StatusReason
 
 Command = Callable[..., tuple[int, str, str]]
@@ -128,3 +129,21 @@ def test_errors_are_told_without_a_trace(sedsft: Command, tmp_path: Path, sft_jo
     assert "sedsft up" in " ".join(err.split())
     monkeypatch.setenv("SEDSFT_HOST", "0.0.0.0")
     assert "SEDSFT_ALLOW_REMOTE" in sedsft("jobs")[2]
+
+
+@pytest.mark.slow
+def test_explore_draws_a_page_without_the_service(monkeypatch: Any, tmp_path: Path, capfd: Any) -> None:
+    countdown_model(0, init_std=0.3).save_pretrained(tmp_path / "model")
+    countdown_tokenizer().save_pretrained(tmp_path / "model")
+    turns = [{"role": "user", "content": "3 7 2 5>24"}, {"role": "assistant", "content": "3*7=21,5-2=3,21+3=24"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    for data, code, told in (("rows.jsonl", 0, "page.html"), ("none.jsonl", 1, "none.jsonl")):
+        page = tmp_path / str(code) / "page.html"
+        page.parent.mkdir()
+        paths = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / data), "--out", str(page)]
+        monkeypatch.setattr(sys, "argv", ["sedsft", "explore", *paths, "--mask-ratio", "0.5"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert int(ended.value.code or 0) == code
+        assert told in "".join(capfd.readouterr())
+        assert page.exists() == (code == 0)

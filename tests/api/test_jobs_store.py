@@ -135,6 +135,19 @@ def test_driver_events_are_taken_once_and_sequences_have_no_gaps(store: JobStore
     assert store.active()[0].attempt.events_offset == 150
 
 
+def test_a_checkpoint_that_the_job_removed_is_no_longer_listed(store: JobStore) -> None:
+    job, _ = store.create(NEW)
+    attempt = store.active()[0].attempt
+
+    def published(step: int) -> dict[str, object]:
+        data = {"stage": "sft", "step": step, "path": f"/runs/step-{step}", "manifest_sha256": "ab"}
+        return {"kind": "checkpoint", "message": "m", "data": data, "time": 5.0}
+
+    store.ingest(attempt, [published(1), published(2)], 100)
+    store.ingest(attempt, [{"kind": "checkpoint_removed", "message": "m", "data": {"path": "/runs/step-1"}, "time": 6.0}], 200)
+    assert [row.step for row in store.checkpoints(job.id)] == [2]
+
+
 def test_idempotency_race_makes_one_job(store: JobStore) -> None:
     made: list[tuple[str, bool]] = []
     barrier = threading.Barrier(6)

@@ -2,13 +2,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from services import checkpoints
-from services.checkpoints import MANIFEST, CheckpointInfo, FileRecord, begin, describe, latest, publish, verify
+from services.checkpoints import (
+    MANIFEST,
+    CheckpointInfo,
+    FileRecord,
+    begin,
+    check_identity,
+    describe,
+    latest,
+    newest_good,
+    prune,
+    publish,
+    tokenizer_sha256,
+    verify,
+)
 from services.errors import CheckpointInvalid
 
 INFO = CheckpointInfo(
@@ -194,3 +208,116 @@ def test_a_lost_history_is_an_error_and_no_new_start(tmp_path: Path) -> None:
     shutil.rmtree(published(tmp_path))
     with pytest.raises(CheckpointInvalid, match="it is missing; restore it"):
         latest(tmp_path)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("name", [*CONTENT, MANIFEST])
+def test_the_newest_good_checkpoint_is_taken_and_a_broken_one_named(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    roots = [tmp_path / "attempt-1", tmp_path / "attempt-2", tmp_path / "attempt-3"]
+    older, broken = published(roots[0], step=2), published(roots[1], step=10)
+    assert newest_good(roots, pytest.fail) == (broken, verify(broken))
+    damage(broken / name)
+    bad: list[Path] = []
+    assert newest_good(roots, lambda path, error: bad.append(path)) == (older, verify(older))
+    assert bad == [broken]
+    damage(older / name)
+    with pytest.raises(CheckpointInvalid, match="expected one good checkpoint among 2, all are broken"):
+        newest_good(roots, lambda path, error: None)
+
+
+def test_of_equal_steps_that_of_the_later_attempt_is_taken(tmp_path: Path) -> None:
+    roots = [tmp_path / "attempt-1", tmp_path / "attempt-2"]
+    found = newest_good([published(root).parent for root in roots], pytest.fail)
+    assert found is not None
+    assert found[0] == roots[1] / "step-3"
+
+
+@pytest.mark.parametrize("files_written", range(len(CONTENT) + 1))
+def test_a_crash_behind_any_file_leaves_the_checkpoint_before(tmp_path: Path, files_written: int) -> None:
+    def torn(step: int) -> None:
+        folder = begin(tmp_path, step, attempt=1)
+        write(folder)
+        for name in list(CONTENT)[files_written:]:
+            (folder / name).unlink()
+
+    torn(1)
+    assert newest_good([tmp_path], pytest.fail) is None
+    before = published(tmp_path, step=2)
+    torn(3)
+    found = newest_good([tmp_path], pytest.fail)
+    assert found is not None
+    assert found[0] == before
+
+
+def test_a_lost_checkpoint_is_reported(tmp_path: Path) -> None:
+    older, lost = published(tmp_path, step=2), published(tmp_path, step=3)
+    shutil.rmtree(lost)
+    bad: list[Path] = []
+    found = newest_good([tmp_path], lambda path, error: bad.append(path))
+    assert found is not None
+    assert (found[0], bad) == (older, [lost])
+    shutil.rmtree(older)
+    with pytest.raises(CheckpointInvalid, match="it is missing"):
+        newest_good([tmp_path], lambda path, error: None)
+
+
+def test_pruning_keeps_the_newest_whole_ones(tmp_path: Path) -> None:
+    paths = [published(tmp_path, step) for step in (2, 8, 9, 10)]
+    truncate(paths[2] / "model.safetensors")
+    assert prune(tmp_path, keep=2) == [paths[0]]
+    assert [path.exists() for path in paths] == [False, True, True, True]
+    assert latest(tmp_path) == paths[3]
+    assert prune(tmp_path, keep=2) == []
+    with pytest.raises(ValueError, match="at least 2"):
+        prune(tmp_path, keep=1)
+
+
+def test_a_crash_while_pruning_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [published(tmp_path, step) for step in (1, 2, 3)]
+
+    def crash(path: Path) -> None:
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", crash)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, keep=2)
+    assert not paths[0].exists()
+    assert newest_good([tmp_path], pytest.fail) == (paths[2], verify(paths[2]))
+    assert prune(tmp_path, keep=2) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-2", "step-3"]
+
+
+def test_other_settings_are_refused_with_a_diff(tmp_path: Path) -> None:
+    identity = {"stage": {"sft": {"seed": 1, "betas": (0.9, 0.95)}, "workers": 2}, "data_sha256": "ab"}
+    folder = begin(tmp_path, 3, attempt=1)
+    path = Path(publish(folder, write(folder), replace(INFO, identity=identity)).path)
+    manifest = verify(path)
+    check_identity(manifest, identity, path)
+    other = {"stage": {"sft": {"seed": 2, "betas": (0.9, 0.95)}, "ranks": 2}, "data_sha256": "cd"}
+    with pytest.raises(CheckpointInvalid) as caught:
+        check_identity(manifest, other, path)
+    assert (
+        'these differ: data_sha256: "ab" there, "cd" here; stage.ranks: absent there, 2 here; stage.sft.seed: 1 there, 2 here; '
+        "stage.workers: 2 there, absent here. Use the same settings"
+    ) in caught.value.message
+    with pytest.raises(CheckpointInvalid, match="saved without"):
+        check_identity(verify(published(tmp_path, 4)), identity, path)
+
+
+def test_a_model_folder_and_its_checkpoint_have_the_same_tokenizer(tmp_path: Path) -> None:
+    path = published(tmp_path)
+    assert tokenizer_sha256(path) == verify(path).tokenizer_sha256

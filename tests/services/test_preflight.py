@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.jobspec import JOB_SPEC, JobSpec
+from services.jobspec import JOB_SPEC, JobSpec, SFTStage
 from services.preflight import SpecError, check_capacity, plan, resolve, resolve_model
 
 
@@ -136,7 +136,41 @@ def test_files_that_are_no_sft_data(root: Path, content: str, said: str) -> None
 def test_data_must_be_a_regular_file_of_a_known_kind(root: Path) -> None:
     os.mkfifo(root / "pipe.jsonl")
     assert "expected a data file" in problems(job(sft={"data": {"path": "pipe.jsonl"}}), root)["/sft/data/path"]
-    assert "ending in" in problems(job(sft={"data": {"path": "model"}}), root)["/sft/data/path"]
+    (root / "rows.csv").write_text("a,b\n")
+    assert "ending in" in problems(job(sft={"data": {"path": "rows.csv"}}), root)["/sft/data/path"]
+    (root / "empty").mkdir()
+    assert "ending in" in problems(job(sft={"data": {"path": "empty"}}), root)["/sft/data/path"]
+
+
+def test_folders_and_patterns_become_absolute_and_name_bad_rows_by_file(root: Path) -> None:
+    data = root / "data[1]"
+    data.mkdir()
+    for name in ("b.jsonl", "a.jsonl"):
+        (data / name).write_text('{"prompt": "1", "completion": "2"}\n')
+    (root / "link").symlink_to(data)
+    assert resolve(job(sft={"data": {"path": "link"}}), [root]).sft.data.path == str(data)  # type: ignore[union-attr]
+    resolved = resolve(job(sft={"data": {"path": "link/*.jsonl"}}), [root])
+    assert resolved.sft.data.path == str(root / "data[[]1]" / "*.jsonl")  # type: ignore[union-attr]
+    assert resolve(resolved, [root]) == resolved
+    (data / "b.jsonl").write_text("{\n")
+    assert "b.jsonl, line 1: expected JSON" in problems(job(sft={"data": {"path": "link"}}), root)["/sft/data/path"]
+
+
+@pytest.mark.parametrize("path", ["data", "data/*.jsonl", "**/b.jsonl", "../*.jsonl", "/*", "data/*/../../../outside.jsonl"])
+def test_files_of_a_folder_or_pattern_outside_the_roots(root: Path, path: str) -> None:
+    (root.parent / "outside.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+    (root / "data").mkdir()
+    (root / "data" / "a.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+    (root / "data" / "b.jsonl").symlink_to(root.parent / "outside.jsonl")
+    message = problems(job(sft={"data": {"path": path}}), root)["/sft/data/path"]
+    assert "below" in message or "expected no .." in message
+
+
+def test_rows_to_skip_do_not_refuse_a_job_unless_none_is_left(root: Path) -> None:
+    (root / "sft.jsonl").write_text('{\n{"prompt": "1", "completion": "2"}\n')
+    resolve(job(sft={"data": {"path": "sft.jsonl", "on_bad_row": "skip"}}), [root])
+    (root / "sft.jsonl").write_text("{\n")
+    assert "line 1" in problems(job(sft={"data": {"path": "sft.jsonl", "on_bad_row": "skip"}}), root)["/sft/data/path"]
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -277,3 +311,18 @@ def test_responses_longer_than_the_model_are_refused_also_behind_a_stage(root: P
     }
     edit(root / "model" / "config.json", max_position_embeddings=1025)
     resolve(pipeline(), [root])
+
+
+def test_resume_from_is_a_checkpoint_below_the_roots(root: Path) -> None:
+    step = root / "run" / "checkpoints" / "step-2"
+    step.mkdir(parents=True)
+    with pytest.raises(SpecError, match="expected a checkpoint or a folder of checkpoints") as caught:
+        resolve(job(sft={"resume_from": "run/checkpoints"}), [root])
+    assert [problem.pointer for problem in caught.value.problems] == ["/sft/resume_from"]
+    (step / "MANIFEST.json").write_text("{}")
+    for given, expected in (("run/checkpoints", step.parent), ("run/checkpoints/step-2", step)):
+        resolved = resolve(job(sft={"resume_from": given}), [root])
+        assert isinstance(resolved, SFTStage)
+        assert resolved.sft.resume_from == str(expected)
+    with pytest.raises(SpecError, match="expected a path below"):
+        resolve(job(sft={"resume_from": "../elsewhere"}), [root])

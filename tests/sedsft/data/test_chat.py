@@ -107,9 +107,44 @@ def test_rows_that_would_be_cut_are_listed_or_dropped() -> None:
     with pytest.raises(DataRowsError, match="\n  line 2: 26 tokens, of which"):
         encode_sft(rows, tokenizer, 25, "error")
     encoded = encode_sft(rows, tokenizer, 25, "drop")
-    assert ([e.line for e in encoded.examples], encoded.dropped) == ([1], (2,))
+    assert ([e.line for e in encoded.examples], encoded.dropped, encoded.cut) == ([1], (2,), ())
     with pytest.raises(DataRowsError, match="got 2 bad rows"):
         encode_sft(rows, tokenizer, 10, "drop")
+
+
+def test_long_rows_are_cut_behind_their_last_trained_token() -> None:
+    tokenizer = countdown_tokenizer()
+    rows = [row("3 7 2>8", "7+3=10,10-2=8"), row("3 7 2 5>24", "7*3=21,5-2=3,21+3=24", line=2)]
+    whole = encode_sft(rows, tokenizer, 26, "cut")
+    assert ([len(e.input_ids_T) for e in whole.examples], whole.dropped, whole.cut) == ([19, 26], (), ())
+    encoded = encode_sft(rows, tokenizer, 20, "cut")
+    assert ([len(e.input_ids_T) for e in encoded.examples], encoded.dropped, encoded.cut) == ([19, 20], (), (2,))
+    assert encoded.examples[1].input_ids_T.tolist() == whole.examples[1].input_ids_T[:20].tolist()
+    assert encoded.examples[1].trained_T.tolist() == whole.examples[1].trained_T[:20].tolist()
+
+
+def test_a_cut_inside_a_later_question_ends_the_row_with_the_answer_before() -> None:
+    tokenizer = byte_tokenizer(CHATML_WITH_BLOCKS)
+    talk = row("q", "a", "and then?", "b")
+    start = len(encode_sft([row("q", "a")], tokenizer, 200, "error").examples[0].input_ids_T)
+    encoded = encode_sft([talk], tokenizer, start + 5, "cut")
+    [example] = encoded.examples
+    assert (len(example.input_ids_T), encoded.cut) == (start, (1,))
+    assert tokenizer.decode(example.input_ids_T[example.trained_T].tolist()) == "a<|im_end|>"
+
+
+def test_rows_that_a_cut_leaves_without_trained_token_are_dropped() -> None:
+    tokenizer = countdown_tokenizer()
+    rows = [row("3 7 2>8", "7+3=10,10-2=8"), row("3 7 2 5>24", "7*3=21,5-2=3,21+3=24", line=2)]
+    # The prompts have 7 and 8 tokens.
+    encoded = encode_sft(rows, tokenizer, 8, "cut")
+    assert ([(e.line, int(e.trained_T.sum())) for e in encoded.examples], encoded.dropped, encoded.cut) == (
+        [(1, 1)],
+        (2,),
+        (1,),
+    )
+    with pytest.raises(DataRowsError, match=r"(?s)got 2 bad rows; raise max_length or.* line 1: 19 tokens, no trained token"):
+        encode_sft(rows, tokenizer, 7, "cut")
 
 
 def test_long_prompts_are_dropped_and_told() -> None:

@@ -39,10 +39,17 @@ def assistant(content: str) -> dict[str, str]:
         {"question": "q", "answer": "a"},
         {"question": "q", "response": "a", "answer": "42"},
         {"problem": "q", "solution": "a", "answer": "42"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": None}], "id": "x_0"},
+        {"instruction": "q", "input": "", "output": "a", "text": "Below is an instruction ..."},
+        {
+            "prompt": [user("q")],
+            "reward_model": {"ground_truth": "1"},
+            "extra_info": {"index": None, "question": "q", "answer": "a"},
+        },
     ],
 )
 def test_sft_layouts_are_detected_and_agree(tmp_path: Path, row: dict[str, object]) -> None:
-    [read] = read_sft_rows(DataConfig(path=write(tmp_path / "rows.jsonl", row)))
+    [read] = read_sft_rows(DataConfig(path=write(tmp_path / "rows.jsonl", row))).rows
     assert read.messages == (user("q"), assistant("a"))
     assert (read.answer, read.line) == (None, 1)
 
@@ -81,7 +88,7 @@ def test_system_prompt_fills_in_and_max_rows_stops_before_a_bad_row(tmp_path: Pa
     path = write(
         tmp_path / "rows.jsonl", {"messages": [own, user("q"), assistant("a")]}, {"messages": [user("q"), assistant("a")]}, 5
     )
-    rows = read_sft_rows(DataConfig(path=path, system_prompt="given", max_rows=2))
+    rows = read_sft_rows(DataConfig(path=path, system_prompt="given", max_rows=2)).rows
     assert [row.messages[0]["content"] for row in rows] == ["own", "given"]
 
 
@@ -119,7 +126,7 @@ def test_all_bad_rows_are_listed_by_line_in_one_error(tmp_path: Path) -> None:
 
 
 def test_the_error_lists_twenty_rows_counts_all_and_can_be_pickled(tmp_path: Path) -> None:
-    with pytest.raises(DataRowsError, match="got 25 bad rows") as caught:
+    with pytest.raises(DataRowsError, match="got 25 bad rows; mend or remove these rows, or set on_bad_row to skip") as caught:
         read_sft_rows(DataConfig(path=write(tmp_path / "rows.jsonl", *range(25))))
     text = str(caught.value)
     assert "line 20:" in text
@@ -150,7 +157,7 @@ def test_rows_with_an_empty_gold_are_skipped_and_told(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "reward_model": {"ground_truth": gold}} for gold in ("1", "", " ", "4")]
     read = read_prompt_rows(DataConfig(path=write(tmp_path / "rows.jsonl", *rows)))
     assert [row.line for row in read.rows] == [1, 4]
-    assert read.skipped == (2, 3)
+    assert [(row.line, row.reason) for row in read.skipped] == [(n, "expected a gold answer, got an empty one") for n in (2, 3)]
     with pytest.raises(DataFileError, match="2 rows with an empty one"):
         read_prompt_rows(DataConfig(path=write(tmp_path / "none.jsonl", *rows[1:3])))
 
@@ -159,15 +166,15 @@ def test_an_unclear_layout_is_refused_with_the_candidates(tmp_path: Path) -> Non
     both = write(tmp_path / "both.jsonl", {"prompt": "q", "completion": "a", "question": "q", "answer": "b"})
     with pytest.raises(DataFileError, match="which fit prompt_completion, question_answer; set `format`"):
         read_sft_rows(DataConfig(path=both))
-    assert read_sft_rows(DataConfig(path=both, format="question_answer"))[0].messages[1] == assistant("b")
+    assert read_sft_rows(DataConfig(path=both, format="question_answer")).rows[0].messages[1] == assistant("b")
     two = write(tmp_path / "two.jsonl", {"prompt": "q", "completion": "a", "response": "b"})
     with pytest.raises(DataRowsError, match="one of completion and response, got both"):
         read_sft_rows(DataConfig(path=two))
-    unknown = write(tmp_path / "unknown.jsonl", {"instruction": "q", "output": "a"})
-    with pytest.raises(DataFileError, match="got instruction, output"):
+    unknown = write(tmp_path / "unknown.jsonl", {"ask": "q", "reply": "a"})
+    with pytest.raises(DataFileError, match="got ask, reply"):
         read_sft_rows(DataConfig(path=unknown))
-    with pytest.raises(DataFileError, match="expected a layout for SFT"):
-        read_sft_rows(DataConfig(path=both, format="verl"))
+    with pytest.raises(DataFileError, match="expected a layout for RL"):
+        read_prompt_rows(DataConfig(path=both, format="alpaca"))
 
 
 @pytest.mark.parametrize(
@@ -192,13 +199,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataFileError, match="does not exist"):
         read_sft_rows(DataConfig(path=str(tmp_path / "none.jsonl")))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(DataFileError, match="is no file"):
+    with pytest.raises(DataFileError, match=r"expected files ending in \.jsonl"):
         read_sft_rows(DataConfig(path=str(tmp_path / "folder.jsonl")))
 
 
 def test_a_byte_order_mark_is_no_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "q", "completion": "a"}\r\n')
-    assert len(read_sft_rows(DataConfig(path=str(tmp_path / "rows.jsonl")))) == 1
+    assert len(read_sft_rows(DataConfig(path=str(tmp_path / "rows.jsonl"))).rows) == 1
 
 
 def test_benchmark_rows(tmp_path: Path) -> None:
@@ -214,7 +221,7 @@ def test_benchmark_rows(tmp_path: Path) -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not beside the repository")
 def test_published_files_load_unmodified() -> None:
     prompts = read_prompt_rows(DataConfig(path=str(SHARED / "train" / "sed_rl_math_2069.parquet")))
-    assert (len(prompts.rows), prompts.skipped) == (2068, (1603,))
+    assert (len(prompts.rows), [row.line for row in prompts.skipped]) == (2068, [1603])
     assert (prompts.rows[0].answer, prompts.rows[-1].answer) == ("42409", "63")
-    assert len(read_sft_rows(DataConfig(path=str(SHARED / "train" / "gsm8k_train.jsonl")))) == 7473
+    assert len(read_sft_rows(DataConfig(path=str(SHARED / "train" / "gsm8k_train.jsonl"))).rows) == 7473
     assert [len(read_benchmark(str(SHARED / "benchmarks" / f"{name}.jsonl"))) for name in ("aime24", "gsm8k")] == [30, 1319]

@@ -30,7 +30,7 @@ BY_KEY = {(p.numbers, p.target): p for p in all_problems()}
 def test_narrow_rows_show_one_canonical_derivation_without_products(data: Path) -> None:
     texts = []
     for name, count in (("sft_narrow", 1000), ("held_out", 100)):
-        rows = read_sft_rows(DataConfig(path=str(data / f"{name}.jsonl")))
+        rows = read_sft_rows(DataConfig(path=str(data / f"{name}.jsonl"))).rows
         assert len(rows) == count
         texts += [(row.messages[0]["content"], row.messages[1]["content"]) for row in rows]
     assert all(countdown_verdict(question, answer)[0] and "*" not in answer for question, answer in texts)

@@ -9,8 +9,9 @@ The plan: {"port", "world_size", "cases": [a `Case` as a dictionary, ...]}. Each
 from __future__ import annotations
 
 import json
+import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 from sedsft.config import AdamWConfig, DataConfig, GRPOConfig, SEDObjective, SFTConfig
-from sedsft.data.batching import MicroBatch, sft_micro_batches
+from sedsft.data.batching import MicroBatch
+from sedsft.data.order import RowOrder
 from sedsft.head import linear_objective_loss
 from sedsft.records import Example, PolicyRow
 from services.errors import TrainingDiverged
@@ -44,9 +46,11 @@ class Case:
     zero_stage: int = 0
     precision: str = "fp32"
     micro_batch_size: int = 8
+    pack_tokens: int | None = None
     steps: int = 3
     rows: int = 7
     poison_rank: int | None = None
+    gradient_checkpointing: bool = False
 
 
 def examples(count: int) -> list[Example]:
@@ -77,7 +81,10 @@ def start_sft(case: Case, ranks: RankSetup) -> SFTWorker:
         optimizer=OPTIMIZER,
         steps=case.steps,
         micro_batch_size=case.micro_batch_size,
+        pack_tokens=case.pack_tokens,
+        max_length=12,
         precision=case.precision,
+        gradient_checkpointing=case.gradient_checkpointing,
     )
     worker = SFTWorker(ranks.rank)
     worker.setup(SFTSetup(ranks, case.model, config, case.zero_stage, case.steps))
@@ -89,15 +96,15 @@ def run_sft(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
     rows = examples(case.rows)
     denominator = int(sum(e.trained_T.sum() for e in rows))
     shard = rows[ranks.rank :: ranks.world_size]
-    record: dict[str, Any] = {"masses": worker.token_masses(shard, 2).tolist(), "steps": []}
+    record: dict[str, Any] = {"masses": worker.mass_sketch(shard, 2).to_json(), "steps": []}
     if case.poison_rank == ranks.rank:
         list(worker._engine._parameters)[-1].register_hook(lambda gradient: gradient * float("inf"))
     try:
         for step in range(1, case.steps + 1):
-            record["steps"].append(worker.train_step(shard, denominator, TAU, step))
+            record["steps"].append(worker.train_step(shard, denominator, TAU, step)[0])
     except TrainingDiverged as error:
         record["diverged"] = error.message
-        record["masses_after"] = worker.token_masses(shard, 2).tolist()
+        record["masses_after"] = worker.mass_sketch(shard, 2).to_json()
         return record
     inspected = worker.inspect(shard, TAU, 2)
     record["inspected"] = [(row.probability, row.active) for row in inspected]
@@ -117,13 +124,45 @@ def run_gradients(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
         )
         return output.loss, {"loss": output.loss_N.sum()}
 
-    batches = sft_micro_batches(rows[ranks.rank :: ranks.world_size], case.micro_batch_size)
+    batches = worker._batches(rows[ranks.rank :: ranks.world_size])
     record = worker._engine.backward(batches, MicroBatch.empty(), loss, 1)
     # Reading a gradient is a collective under ZeRO, so every rank reads all of them.
     gradients = {name: safe_get_full_grad(p).float().clone() for name, p in worker._engine._model.named_parameters()}
     if ranks.rank == 0:
         save_file(gradients, folder / f"{case.name}.safetensors")
     return {**record, "micro_batches": len(batches)}
+
+
+def run_resume(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    """Train through, saving behind every step; then go on from each of them with an engine of its own, to the same end.
+
+    Every fourth is gone on from for all the steps left, the others for one: the state behind it is where the next one began.
+    """
+    order = RowOrder(case.rows, 2, seed=1, epochs=3)
+    rows = examples(case.rows)
+    case = replace(case, steps=order.num_steps)
+
+    def train(worker: SFTWorker, done: int, end: int) -> None:
+        for step in range(done + 1, end + 1):
+            batch = [rows[index] for index in order.batch(step - 1)]
+            denominator = int(sum(example.trained_T[1:].sum() for example in batch))
+            worker.train_step(batch[ranks.rank :: ranks.world_size], denominator, TAU, step)
+            if done == 0:
+                worker.save(folder / case.name / str(step))
+
+    train(start_sft(case, ranks), 0, case.steps)
+    compared = []
+    for done in range(1, case.steps + 1):
+        worker = start_sft(case, ranks)
+        random.seed(done)
+        np.random.seed(done)
+        worker.resume(folder / case.name / str(done))
+        worker.save(folder / case.name / f"loaded-{done}")
+        end = case.steps if done % 4 == 1 else min(done + 1, case.steps)
+        train(worker, done, end)
+        worker.save(folder / case.name / f"from-{done}")
+        compared += [(f"loaded-{done}", str(done)), (f"from-{done}", str(end))]
+    return {"compared": compared}
 
 
 def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
@@ -151,7 +190,7 @@ def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
 def main(folder: Path, rank: int) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     ranks = RankSetup(rank, plan["world_size"], "127.0.0.1", plan["port"])
-    run = {"sft": run_sft, "gradients": run_gradients, "policy": run_policy}
+    run = {"sft": run_sft, "gradients": run_gradients, "resume": run_resume, "policy": run_policy}
     for case in (Case(**values) for values in plan["cases"]):
         torch.manual_seed(0)
         record = run[case.kind](case, ranks, folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def run_ranks(folder: Path, world_size: int, cases: list[Case]) -> dict[str, lis
         subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(world_size)
     ]
     try:
-        errors = [process.communicate(timeout=150)[1] for process in processes]
+        errors = [process.communicate(timeout=350)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -140,11 +141,13 @@ def test_gradient_does_not_depend_on_ranks_and_micro_batches(tmp_path: Path, mod
         gradient_case("two", model_path, 2, 4, rows=7),
         gradient_case("uneven", model_path, 2, 1, rows=7),
         gradient_case("idle", model_path, 2, 4, rows=1),
+        Case("packed", model_path, "gradients", 2, pack_tokens=24, rows=7),
     ]
     found |= run_ranks(tmp_path, 2, two)
     assert [rank["micro_batches"] for rank in found["uneven"]] == [4, 3]
     assert [rank["micro_batches"] for rank in found["idle"]] == [1, 0]
-    for name in ("one", "four", "two", "uneven"):
+    assert [rank["micro_batches"] for rank in found["packed"]] == [2, 2]
+    for name in ("one", "four", "two", "uneven", "packed"):
         assert sum(rank["loss"] for rank in found[name]) == pytest.approx(loss, rel=1e-6)
         assert_gradients(tmp_path, name, expected)
     assert_gradients(tmp_path, "idle", reference_gradients(model_path, rows=1)[1], rtol=1e-5)
@@ -156,6 +159,7 @@ def test_zero_stages_train_alike_and_export(tmp_path: Path, tied: bool) -> None:
     path = save_model(tmp_path / "model", tied=tied)
     losses, reference = reference_training(path, 3, 7, torch.float32)
     cases = [Case(f"z{stage}", path, zero_stage=stage, micro_batch_size=2) for stage in range(4)]
+    cases.append(Case("packed", path, zero_stage=3, pack_tokens=24))
     gradients = [gradient_case(f"g{stage}", path, stage, 2, rows=7) for stage in (0, 1, 3)]
     found = run_ranks(tmp_path, 2, [*cases, *gradients])
     expected = reference_gradients(path, rows=7)[1]
@@ -165,7 +169,7 @@ def test_zero_stages_train_alike_and_export(tmp_path: Path, tied: bool) -> None:
         ranks = found[case.name]
         assert [sum(rank["steps"][i]["loss"] for rank in ranks) for i in range(3)] == pytest.approx(losses, rel=1e-5)
         assert ranks[0]["steps"][2]["grad_norm"] == pytest.approx(ranks[1]["steps"][2]["grad_norm"])
-        assert ranks[1]["files"] == []
+        assert ranks[1]["files"] == ["trainer/rank-1.safetensors"]
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(ranks[0]["files"])
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / case.name)
         assert exported.dtype == torch.float32
@@ -196,6 +200,40 @@ def test_bf16_stages_train_alike(tmp_path: Path, model_path: str) -> None:
         assert sums == pytest.approx(losses, rel=1e-2), case.name
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / case.name, dtype="auto")
         assert exported.dtype == torch.bfloat16
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_going_on_from_any_step_ends_in_the_same_weights(tmp_path: Path, precision: str, zero_stage: int) -> None:
+    model = random_llama(0).float()
+    model.config.attention_dropout = 0.2
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    case = Case("run", str(tmp_path / "model"), "resume", zero_stage, precision, micro_batch_size=1, rows=5)
+    [compared, _] = [rank["compared"] for rank in run_ranks(tmp_path, 2, [case])["run"]]
+    folder = tmp_path / "run"
+    # Three epochs of five rows in batches of two, two and one.
+    assert len(compared) == 2 * 9
+    assert len({sha256(folder / str(step) / "model.safetensors") for step in range(1, 10)}) == 9
+    for found, expected in compared:
+        for name in ("model.safetensors", "trainer/rank-0.safetensors", "trainer/rank-1.safetensors"):
+            assert sha256(folder / found / name) == sha256(folder / expected / name), (found, expected, name)
+
+
+@pytest.mark.slow
+def test_recomputed_activations_give_the_same_gradients(tmp_path: Path, model_path: str) -> None:
+    cases = [
+        replace(gradient_case(f"z{stage}", model_path, stage, 2, rows=7), gradient_checkpointing=True) for stage in (0, 2, 3)
+    ]
+    run_ranks(tmp_path, 2, cases)
+    expected = reference_gradients(model_path, rows=7)[1]
+    for case in cases:
+        assert_gradients(tmp_path, case.name, expected)
 
 
 @pytest.mark.slow
