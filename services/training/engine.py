@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
@@ -98,7 +100,11 @@ class TrainEngine:
     def __init__(self, setup: EngineSetup) -> None:
         self.setup = setup
         torch.set_num_threads(setup.ranks.threads)
-        torch.manual_seed(setup.seed + setup.ranks.rank)
+        seed = setup.seed + setup.ranks.rank
+        torch.manual_seed(seed)
+        # Models may draw from these too, and their state is saved: two runs of one spec must start alike.
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         _join(setup.ranks)
         self.device = torch.device("cuda", 0) if setup.ranks.gpu else torch.device("cpu")
         model = open_model(setup.model_path, torch.bfloat16 if setup.precision == "bf16" else torch.float32)
