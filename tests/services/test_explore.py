@@ -92,7 +92,7 @@ def test_rows_that_came_tokenized_and_too_long(model: Path, tmp_path: Path, caps
     assert page.count('title="top-2 mass') == len(ids[:10]) - 8
     rows.write_text(f"{json.dumps({'input_ids': [*ids, 999], 'labels': [*ids, 999]})}\n")
     assert main(arguments) == 1
-    assert "got 999 in line 1" in capsys.readouterr().err
+    assert "line 1: token id 999" in capsys.readouterr().err
 
 
 def test_quantiles_by_hand() -> None:
