@@ -54,7 +54,9 @@ def create_app(settings: Settings, backends: tuple[LaunchBackend, ServeBackend] 
             reconciler = Reconciler(jobs, deployments, launch, serve, settings.runs, timing)
             app.state.key_digest = digest(ensure_secret(settings.key_path))
             app.state.reconciler = reconciler
-            app.state.jobs = JobService(jobs, settings.runs, settings.allowed_roots, reconciler.cluster_resources)
+            # Where the cluster reads and writes runs, it can read data, too.
+            hub_home = settings.runs if settings.allow_hub else None
+            app.state.jobs = JobService(jobs, settings.runs, settings.allowed_roots, reconciler.cluster_resources, hub_home)
             app.state.deployments = DeploymentService(deployments, jobs, settings.allowed_roots, reconciler.cluster_resources)
             loop = asyncio.create_task(reconciler.run())
             try:

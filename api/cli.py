@@ -20,6 +20,8 @@ from api.client import ApiProblem, Client, ServiceUnreachable
 from api.demo import DemoFailed, run_demo
 from api.settings import Settings
 from api.watch import POLL_S, print_outcome, watch_job
+from services import checkpoints
+from services.errors import CheckpointInvalid
 
 app = typer.Typer(help="SED-SFT and GRPO as jobs on Ray.", no_args_is_help=True, pretty_exceptions_enable=False)
 # Where no terminal says how wide it is (a log, a pipe), tables keep all their columns.
@@ -34,7 +36,7 @@ def main() -> None:
     """Run a command; errors as one message, exit code 1."""
     try:
         app()
-    except (ApiProblem, ServiceUnreachable, local_stack.StackError, DemoFailed) as error:
+    except (ApiProblem, ServiceUnreachable, local_stack.StackError, DemoFailed, CheckpointInvalid, FileExistsError) as error:
         err.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except ValidationError as error:
@@ -138,7 +140,7 @@ def jobs(
     table = Table("id", "name", "type", "status", "stage", "step", "created")
     for job in rows:
         progress = job["progress"]
-        step = f"{progress['step']}/{progress['steps']}" if progress["steps"] else ""
+        step = f"{progress['step']}/{progress['steps']}" if progress["steps"] else str(progress["step"] or "")
         table.add_row(job["id"], job["name"], job["type"], job["status"], progress["stage"], step, job["created_at"][:19])
     out.print(table)
 
@@ -147,9 +149,9 @@ def jobs(
 def show(job_id: JobId, as_json: AsJson = False) -> None:
     """Show a job with its checkpoints and newest events."""
     with _client() as client:
-        job, checkpoints, events = client.job(job_id), client.checkpoints(job_id), list(client.events(job_id))
+        job, published, events = client.job(job_id), client.checkpoints(job_id), list(client.events(job_id))
     if as_json:
-        _print_json(job | {"checkpoints": checkpoints, "events": events})
+        _print_json(job | {"checkpoints": published, "events": events})
         return
     print_outcome(job, out)
     out.print(
@@ -157,7 +159,7 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
     )
     for stage, seconds in job["stage_seconds"].items():
         out.print(f"stage {stage}: {seconds:.1f} s")
-    for checkpoint in checkpoints:
+    for checkpoint in published:
         out.print(f"checkpoint {checkpoint['stage']} step {checkpoint['step']}: {checkpoint['path']}", soft_wrap=True)
     for event in events[-10:]:
         out.print(f"{event['time'][:19]} {event['kind']}: {escape(event['message'])}", soft_wrap=True)
@@ -222,6 +224,27 @@ def explore(
     command = [sys.executable, "-m", "services.explore", *(str(word) for option in options.items() for word in option)]
     if code := subprocess.run(command, check=False).returncode:
         raise typer.Exit(code)
+
+
+@app.command()
+def check_data(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Job spec as JSON.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("data_report"),
+) -> None:
+    """Report on the rows of a job's SFT stages, overlap with its benchmarks included. Runs here, starts no job."""
+    command = [sys.executable, "-m", "services.data_report", str(file), "--out", str(output)]
+    if code := subprocess.run(command, check=False).returncode:
+        raise typer.Exit(code)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a checkpoint, step-<n>.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
+) -> None:
+    """Copy the model of a checkpoint, verified and without training state, as a Hugging Face folder."""
+    names = checkpoints.export(checkpoint, folder)
+    out.print(f"{folder}: {len(names)} files", soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------ deployments

@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     """SQLAlchemy URL. Default: a SQLite file in `home`."""
     allowed_roots: Annotated[tuple[Path, ...], NoDecode] = Field(default_factory=lambda data: (Path.cwd(), data["home"]))
     """Folders below which models and data files may lie, separated by colons. Relative paths of a job start at the first."""
+    allow_hub: bool = False
+    """Whether a job may name data as `hf://owner/name`, which the service downloads from the Hugging Face hub (`HF_ENDPOINT`)
+    into `home/runs/hub` when the job is submitted. Jobs themselves never use the network."""
     ray_dashboard: str = "http://127.0.0.1:8265"
     """URL of Ray's dashboard, whose REST API runs jobs and serves models."""
     ray_token_path: Path | None = Field(default_factory=lambda data: data["home"] / "ray_token")
@@ -116,6 +119,7 @@ def child_environment(settings: Settings, stack_id: str) -> dict[str, str]:
         "SEDSFT_ALLOW_REMOTE": str(settings.allow_remote),
         "SEDSFT_DATABASE_URL": settings.database_url,
         "SEDSFT_ALLOWED_ROOTS": os.pathsep.join(str(root) for root in settings.allowed_roots),
+        "SEDSFT_ALLOW_HUB": str(settings.allow_hub),
         "SEDSFT_RAY_DASHBOARD": settings.ray_dashboard,
         "SEDSFT_RAY_TOKEN_PATH": str(settings.ray_token_path or ""),
         "SEDSFT_SERVE_PORT": str(settings.serve_port),

@@ -109,7 +109,9 @@ def up(settings: Settings, num_cpus: int | None = None, num_gpus: int | None = N
     stack = Stack(stack_id, settings.url, settings.ray_dashboard, settings.serve_port, ray_folder, {})
     try:
         for name, command in commands.items():
-            process = _spawn(command, environment, settings.home / f"{name}.log")
+            # Only the service may download, never a worker.
+            offline = "0" if name == "api" and settings.allow_hub else environment["HF_HUB_OFFLINE"]
+            process = _spawn(command, environment | {"HF_HUB_OFFLINE": offline}, settings.home / f"{name}.log")
             stack.leaders[name] = Leader(process.pid, psutil.Process(process.pid).create_time())
             write_atomically(settings.home / "stack.json", json.dumps(asdict(stack), indent=1))
         _wait_until_ready(settings, stack)

@@ -42,8 +42,9 @@ class SEDObjective(Config):
     model, as the paper says. `running`: starts so and then follows the tokens trained on, so that the masked share stays at
     `mask_ratio` while the model sharpens. `released`: as the authors' code does it, once, from all tokens of the first 100
     held-out rows, the prompts' included, with k = 10 whatever `top_k` is."""
-    tau_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """With `running`: weight of the past when a step's masses are added to the distribution that tau is read from."""
+    tau_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """With `running`: weight of the past when a step's masses are added to the distribution that tau is read from. More
+    suits batches of a few hundred tokens and models that move slowly; docs/objectives.md has figures."""
     tau_interval: PositiveInt = 1
     """With `running`: optimizer steps between two updates of tau."""
     mask: bool = True
@@ -93,7 +94,10 @@ class DataConfig(Config):
 
     path: Annotated[str, Field(min_length=1)]
     """A file, a glob pattern or a folder below one of the service's allowed roots: .jsonl, .json or .parquet, the first two
-    also compressed (.gz, .zst). Several files are read in the order of their paths."""
+    also compressed (.gz, .zst). Several files are read in the order of their paths. They may be
+    larger than memory, except lists in .json, which may have 512 MiB of text. Where the operator allows it
+    (`SEDSFT_ALLOW_HUB`), also `hf://owner/name[@revision][/file, folder or pattern]`: data files of that data set of the
+    Hugging Face hub, downloaded when the job is submitted and pinned to a commit."""
     format: Literal["auto"] | Layout = "auto"
     """Layout of the rows of all files. `auto` looks at the columns of the first row and refuses what fits more than one."""
     columns: Annotated[dict[str, str], Field(max_length=16)] = Field(default_factory=dict)
@@ -155,6 +159,31 @@ class CheckpointConfig(Config):
     """Newest checkpoints that stay; older ones are removed once newer ones are complete."""
 
 
+class LoRAConfig(Config):
+    """Low-rank adapters (arXiv 2106.09685): a layer W x becomes W x + alpha / rank * B A x, of which only A and B are trained.
+
+    They want a higher learning rate than all weights do, ten times as high as a first guess.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rows of A and columns of B."""
+    alpha: PositiveInt = 32
+    """Scale of the adapters, divided by the rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are set to zero in training."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (
+        "all-linear"
+    )
+    """Layers that get adapters: every linear layer, or those with these names, `q_proj` in all blocks, `layers.0.mlp.up_proj`
+    in one. Never the output head, nor experts that the model keeps as one tensor."""
+
+    @model_validator(mode="after")
+    def _each_module_once(self) -> LoRAConfig:
+        if len(set(self.target_modules)) != len(self.target_modules) and not isinstance(self.target_modules, str):
+            raise ValueError(f"expected each of target_modules once, got {', '.join(self.target_modules)}; remove the repeated")
+        return self
+
+
 class SFTConfig(Config):
     """Supervised fine-tuning with one of the objectives."""
 
@@ -184,10 +213,16 @@ class SFTConfig(Config):
     """Longest row in tokens, prompt included."""
     on_too_long: Literal["error", "drop", "cut"] = "error"
     """What happens to a row longer than `max_length`: refuse the job and list the rows, drop them, or cut their ends off."""
+    encode_processes: PositiveInt = 1
+    """Processes beside the driver that turn rows into token ids before training starts; 1: the driver does it itself. Does not
+    change the result."""
     precision: Precision = "bf16"
     """Arithmetic of forward and backward; optimizer state and master weights are fp32 in both cases."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters on frozen weights; checkpoints hold the merged model, and the adapters in `adapter/`. None: train
+    all weights."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """When training state is saved."""
     resume_from: str | None = None

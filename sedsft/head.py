@@ -67,7 +67,7 @@ def linear_objective_loss(
 
     Dtypes: bf16, fp32 or fp64 for hidden states, weight and bias alike. Statistics, losses and the sum of the weight's
     gradient over chunks are fp32 (fp64 for fp64 inputs). Without a gradient to form, only the first product is done.
-    The gradient of the loss cannot itself be differentiated.
+    The gradient of the loss cannot itself be differentiated, and backward runs once.
 
     Errors: ValueError for shapes, dtypes, labels, tau, top_k or a denominator that do not fit.
     """
@@ -142,7 +142,8 @@ class _LinearObjectiveLoss(torch.autograd.Function):
         _, _, _, _, dloss, _, _ = upstream
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
         dtype: torch.dtype = ctx.input_dtype  # type: ignore[attr-defined]
-        scaled = [None if gradient is None else (gradient * dloss).to(dtype) for gradient in saved]
+        # In place: another tensor of the weight's size would be the largest of all. Autograd refuses a second backward then.
+        scaled = [None if gradient is None else gradient.mul_(dloss).to(dtype) for gradient in saved]
         return (*scaled, None, None, None)
 
 

@@ -36,9 +36,11 @@ class TauController:
         running                    S_0 = C,  S_t = tau_smoothing * S_(t-1) + counts_t,  tau_t = threshold(S_t, mask_ratio)
 
     with C the sketch of the calibration masses, tau_0 = threshold(C, mask_ratio) or the objective's fixed tau, and counts_t
-    the sketch of step t's trained tokens. With `running`, tau is read from S every `tau_interval` steps, and lags behind the
-    model by about tau_smoothing / (1 - tau_smoothing) of its steps. Whoever observes the same sketches has the same tau,
-    bit for bit.
+    the sketch of step t's trained tokens. With `running`, tau is read from S every `tau_interval` steps. A step's own masses
+    are known only behind it, so its tau is 1 / (1 - tau_smoothing) steps behind the model on average: a model that sharpens
+    is masked above mask_ratio by that many steps' drift. Beside this lag, the share realised in a step of n tokens scatters
+    with a variance of about r (1 - r) / n * (1 + (1 - tau_smoothing) / (1 + tau_smoothing)), the first summand being the
+    step's own tokens, which no tau can take away. Whoever observes the same sketches has the same tau, bit for bit.
     """
 
     def __init__(self, objective: SEDObjective, calibration: MassSketch | None) -> None:

@@ -1,7 +1,7 @@
 """One pass of the linear head over the vocabulary, chunk by chunk: hidden states in, token statistics out.
 
-A fused chunk holds the product h W^T + b alone and leaves its rows to a row kernel: Triton's, on CUDA. A wide chunk
-holds the shifted logits and their exponentials too; GEM needs it, and it serves wherever no kernel does.
+A fused chunk holds the product h W^T + b alone and leaves its rows to a row kernel: Triton's on CUDA, compiled loops on
+CPUs. A wide chunk holds the shifted logits and their exponentials too; GEM needs it, and it serves wherever no kernel does.
 
 Legend: N tokens, C tokens of one chunk, H hidden width, V vocabulary, K largest entries of a row.
 """
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sedsft.kernels import compiled
 from sedsft.kernels.contract import HeadShape, RowKernel, RowScan
 from sedsft.objectives import TokenStatistics
 
 IGNORED_LABEL = -100
 """Tokens with this label cost nothing: no matrix product, no loss, zeros in the outputs."""
 
-_CHUNK_BYTES = 2**28
-"""Largest size of a chunk's vocabulary-wide buffers when the caller does not fix the number of tokens. A soft cap and
-GEM add temporaries of the size of one or two of them."""
+_CHUNK_BYTES = {"cuda": 2**28, "cpu": 60 * 2**20}
+"""Largest size of a chunk's vocabulary-wide buffers by device when the caller does not fix the number of tokens. A soft cap
+and GEM add temporaries of the size of one or two of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,13 +101,23 @@ def statistics_dtype(hidden_NH: Tensor) -> torch.dtype:
     return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
 
 
-def row_kernel(hidden_NH: Tensor) -> RowKernel | None:
-    """The kernel for the device of these hidden states; None where wide chunks serve."""
-    if hidden_NH.device.type != "cuda":
+def row_kernel(hidden_NH: Tensor, vocab: int) -> RowKernel | None:
+    """The kernel for the device of these hidden states and a vocabulary; None where wide chunks serve.
+
+    Nothing but device, shape and dtype decides, so that equal calls take equal paths in every process.
+    """
+    if hidden_NH.device.type == "cuda":
+        # Triton comes with CUDA builds of PyTorch only.
+        kernel: RowKernel = importlib.import_module("sedsft.kernels.rows")
+        return kernel
+    if vocab < compiled.SMALLEST_VOCABULARY or hidden_NH.dtype == torch.float64:
         return None
-    # Triton comes with CUDA builds of PyTorch only.
-    kernel: RowKernel = importlib.import_module("sedsft.kernels.rows")
-    return kernel
+    return compiled.row_kernel(hidden_NH.dtype)
+
+
+def chunk_rows(hidden_NH: Tensor, vocab: int) -> int:
+    """How many tokens make a fused chunk when the caller does not say."""
+    return max(1, _CHUNK_BYTES[hidden_NH.device.type] // (vocab * hidden_NH.element_size()))
 
 
 def scan_chunks(
@@ -115,11 +126,11 @@ def scan_chunks(
     """Runs the tokens that carry a label through the head, chunk by chunk."""
     kept_N = _kept_tokens(head, labels_N)
     vocab = head.weight_VH.shape[0]
-    kernel = row_kernel(hidden_NH)
+    kernel = row_kernel(hidden_NH, vocab)
     if kernel is None:
         yield from scan_wide_chunks(hidden_NH, head, labels_N, top_k, chunk_tokens)
         return
-    size = min(chunk_tokens or max(1, _CHUNK_BYTES // (vocab * hidden_NH.element_size())), kept_N.numel())
+    size = min(chunk_tokens or chunk_rows(hidden_NH, vocab), kept_N.numel())
     buffer_CV = hidden_NH.new_empty(size, vocab)
     for start in range(0, kept_N.numel(), size or 1):
         rows_C = kept_N[start : start + size]
@@ -140,7 +151,7 @@ def scan_wide_chunks(
     dtype = statistics_dtype(hidden_NH)
     same_dtype = dtype == hidden_NH.dtype
     row_bytes = vocab * (2 * dtype.itemsize + (0 if same_dtype else hidden_NH.element_size()))
-    size = min(chunk_tokens or max(1, _CHUNK_BYTES // row_bytes), kept_N.numel())
+    size = min(chunk_tokens or max(1, _CHUNK_BYTES[hidden_NH.device.type] // row_bytes), kept_N.numel())
     # Written again for every chunk: fresh memory of this size costs more page faults than the arithmetic costs time.
     product_CV = hidden_NH.new_empty(size, vocab)
     scores_CV = product_CV if same_dtype else hidden_NH.new_empty(size, vocab, dtype=dtype)

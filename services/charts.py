@@ -1,4 +1,4 @@
-"""Geometry of the report's line charts: figures in, SVG coordinates out. The template draws and escapes.
+"""Geometry of the report's charts: figures in, SVG coordinates out. The template draws and escapes.
 
 Coordinates are those of a viewBox of WIDTH x HEIGHT units with the plot area inside the margins.
 """
@@ -45,6 +45,44 @@ class Chart:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     x_label: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram ready to be drawn. `bars` are (x, y, width, height, text for the pointer), ticks (position, label)."""
+
+    title: str
+    note: str
+    bars: tuple[tuple[float, float, float, float, str], ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    x_label: str
+
+
+def bar_chart(title: str, note: str, bins: Sequence[tuple[int, int, int]], x_label: str) -> Bars:
+    """A histogram of `bins`: (lowest, highest, count) with both ends included, side by side from low to high."""
+    low, high = bins[0][0], bins[-1][1] + 1
+    top = max(count for *_, count in bins)
+
+    def across(x: float) -> float:
+        return round(LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
+
+    def down(y: float) -> float:
+        return round(TOP + (top - y) / top * (HEIGHT - TOP - BOTTOM), 1)
+
+    bars = []
+    for first, last, count in bins:
+        left, right, upper = across(first), across(last + 1), down(count)
+        label = f"{first:,}" if first == last else f"{first:,}–{last:,}"
+        bars.append((left, upper, max(0.5, round(right - left - 1, 1)), round(down(0) - upper, 1), f"{label}: {count:,}"))
+    return Bars(
+        title,
+        note,
+        tuple(bars),
+        tuple((across(tick), figure(tick)) for tick in _ticks(low, high, 5, integers=True)),
+        tuple((down(tick), figure(tick)) for tick in _ticks(0, top, 4, integers=True)),
+        x_label,
+    )
 
 
 def line_chart(title: str, note: str, series: Mapping[str, Series], x_label: str = "step") -> Chart | None:

@@ -5,6 +5,9 @@
     <root>/latest                    name of the newest step folder
     <root>/step-<n>.tmp-removed/     on its way out; never read
 
+Threads and processes write side by side; each says what it wrote once that is on disk, and only then one process publishes
+all of it. Whoever dies before leaves a folder that nobody reads.
+
 Training state lies in trainer/rank-<i>.safetensors beside the files of the model folder. Weights are safetensors and
 everything else is JSON or text: reading a checkpoint never unpickles.
 """
@@ -32,6 +35,7 @@ FORMAT = 1
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+_STATE_FOLDER = "trainer/"
 _REMOVED = ".tmp-removed"
 _FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 
@@ -63,6 +67,10 @@ class CheckpointInfo:
     """State of `sedsft.tau.TauController` behind `step`."""
     identity: dict[str, Any] | None = None
     """What a run must share with this one to resume from it, as plain JSON: see `check_identity`."""
+    skips: dict[str, Any] | None = None
+    """`services.loops.skips.Skips` behind `step`."""
+    warnings: dict[str, Any] | None = None
+    """State of `sedsft.early_warnings.EarlyWarnings` behind `step`."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,12 @@ def describe(folder: Path, name: str) -> FileRecord:
     return FileRecord(name=name, size_bytes=path.stat().st_size, sha256=_sha256(path))
 
 
+def on_disk(folder: Path, name: str) -> FileRecord:
+    """`describe` a file once its content has reached the disk."""
+    _fsync(folder / name)
+    return describe(folder, name)
+
+
 def publish(folder: Path, files: Sequence[FileRecord], info: CheckpointInfo) -> CheckpointRecord:
     """Make the files written below `folder` (from `begin`) a visible checkpoint. Blocks until it is on disk.
 
@@ -112,7 +126,7 @@ def publish(folder: Path, files: Sequence[FileRecord], info: CheckpointInfo) -> 
         info=info,
         files=tuple(sorted(files, key=lambda file: file.name)),
         tokenizer_sha256=_tokenizer_hash(files),
-        versions={name: version(name) for name in ("torch", "transformers", "deepspeed")},
+        versions=installed_versions(),
     )
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True))
     for inner in {folder, *(parent for file in files for parent in (folder / file.name).parents if folder in parent.parents)}:
@@ -121,7 +135,22 @@ def publish(folder: Path, files: Sequence[FileRecord], info: CheckpointInfo) -> 
     _fsync(target.parent)
     write_atomically(target.parent / POINTER, target.name)
     _fsync(target.parent)
-    return CheckpointRecord(stage=info.stage, step=info.step, path=str(target), manifest_sha256=_sha256(target / MANIFEST))
+    return record_of(target, info)
+
+
+def record_of(path: Path, info: CheckpointInfo) -> CheckpointRecord:
+    """The published checkpoint at `path` as the API lists it."""
+    return CheckpointRecord(stage=info.stage, step=info.step, path=str(path), manifest_sha256=_sha256(path / MANIFEST))
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what the weights depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+
+
+def steps_below(root: Path) -> dict[int, Path]:
+    """Folders of the steps published below `root`, by step, good or not."""
+    return {int(match[1]): path for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))}
 
 
 def verify(path: Path) -> Manifest:
@@ -156,7 +185,7 @@ def latest(root: Path) -> Path | None:
     Raises:
         CheckpointInvalid: the pointer names a checkpoint that is gone, so that starting anew would hide a loss.
     """
-    steps = {int(match[1]): path for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))}
+    steps = steps_below(root)
     newest = steps[max(steps)] if steps else None
     pointer = root / POINTER
     if pointer.exists():
@@ -177,12 +206,7 @@ def newest_good(roots: Sequence[Path], on_bad: Callable[[Path, CheckpointInvalid
     Raises:
         CheckpointInvalid: there were checkpoints and none is good, so that starting anew would hide a loss.
     """
-    found = [
-        (int(match[1]), place, path)
-        for place, root in enumerate(roots)
-        for path in root.glob("step-*")
-        if (match := _STEP_FOLDER.fullmatch(path.name))
-    ]
+    found = [(step, place, path) for place, root in enumerate(roots) for step, path in steps_below(root).items()]
     found += [(int(path.name[5:]), place, path) for place, root in enumerate(roots) if (path := _lost(root)) is not None]
     problems = []
     for _, _, path in sorted(found, key=lambda entry: entry[:2], reverse=True):
@@ -218,19 +242,52 @@ def prune(root: Path, keep: int) -> list[Path]:
         raise ValueError(f"expected to keep at least 2 checkpoints, got {keep}")
     for leftover in root.glob(f"step-*{_REMOVED}"):
         shutil.rmtree(leftover)
-    steps = {int(match[1]): path for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))}
+    steps = steps_below(root)
     kept, removed = 0, []
     for step in sorted(steps, reverse=True):
         if kept >= keep:
-            # Renamed first, so that a crash never leaves half a checkpoint under its name.
-            hidden = root / f"{steps[step].name}{_REMOVED}"
-            steps[step].rename(hidden)
-            _fsync(root)
-            shutil.rmtree(hidden)
+            remove(steps[step])
             removed.append(steps[step])
         elif _is_whole(steps[step]):
             kept += 1
     return removed
+
+
+def remove(path: Path) -> None:
+    """Remove a published checkpoint."""
+    # Renamed first, so that a crash never leaves half a checkpoint under its name.
+    hidden = path.with_name(f"{path.name}{_REMOVED}")
+    path.rename(hidden)
+    _fsync(path.parent)
+    shutil.rmtree(hidden)
+
+
+def export(path: Path, folder: Path) -> list[str]:
+    """Copy the model folder of the checkpoint at `path`, without training state and manifest, to `folder`; the files' names.
+
+    Every copy is compared with the manifest's hash, and `folder` appears when all of them are on disk.
+
+    Raises:
+        CheckpointInvalid: a file that does not match the manifest.
+        FileExistsError: there is something at `folder`.
+    """
+    if folder.exists():
+        raise FileExistsError(f"expected {folder} not to exist, since an export never replaces files; give another folder")
+    manifest = _read_manifest(path)
+    _compare(path, manifest.files, hashes=False)
+    files = [file for file in manifest.files if not is_state_file(file.name)]
+    writing = folder.with_name(f"{folder.name}.tmp-export-{os.getpid()}")
+    try:
+        for file in files:
+            (writing / file.name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path / file.name, writing / file.name)
+            _fsync(writing / file.name)
+        _compare(writing, files, hashes=True)
+        writing.rename(folder)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    _fsync(folder.parent)
+    return [file.name for file in files]
 
 
 def _is_whole(path: Path) -> bool:
@@ -270,12 +327,23 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
 
 def state_file(rank: int) -> str:
     """Name of a rank's training state inside a checkpoint."""
-    return f"trainer/rank-{rank}.safetensors"
+    return f"{_STATE_FOLDER}rank-{rank}.safetensors"
+
+
+def is_state_file(name: str) -> bool:
+    """True for a file of training state, which no one needs who only uses the model."""
+    return name.startswith(_STATE_FOLDER)
 
 
 def tokenizer_sha256(folder: Path) -> str:
     """Hash over names and content of the tokenizer's files in a model folder."""
     return _tokenizer_hash([describe(folder, path.name) for path in folder.iterdir() if path.name.startswith(_TOKENIZER)])
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash over names and content of the weights in a model folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256("\n".join(f"{file.name} {_sha256(file)}" for file in files).encode()).hexdigest()
 
 
 def _parse(record: Any, path: Path) -> Manifest:

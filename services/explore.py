@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sedsft.config import DataConfig, SEDObjective
 from sedsft.data import DataFileError, TokenizerError
 from sedsft.data.batching import labelled_values, sft_micro_batches
-from sedsft.data.chat import encode_sft, load_tokenizer
-from sedsft.data.lengths import limit_examples
+from sedsft.data.chat import load_tokenizer
+from sedsft.data.encoding import encode_sft
 from sedsft.data.sources import read_sft_rows
 from sedsft.exploration import Calibration, MassSketch, calibrate_sketch
 from sedsft.head import token_statistics
@@ -97,10 +97,7 @@ def explore(request: ExploreRequest) -> str:
     """
     tokenizer = load_tokenizer(request.model)
     rows = read_sft_rows(request.data)
-    if rows.examples:
-        encoded = limit_examples(rows.examples, request.max_length, "cut", len(tokenizer))
-    else:
-        encoded = encode_sft(rows.rows, tokenizer, request.max_length, "cut")
+    encoded = encode_sft([*rows.rows, *rows.examples], tokenizer, request.max_length, "cut")
     on_gpu = torch.cuda.is_available()
     model = open_model(str(request.model), torch.bfloat16 if on_gpu else torch.float32).eval()
     _check_vocabulary(model, encoded.examples)
@@ -140,13 +137,7 @@ def measure(model: PreTrainedModel, examples: Sequence[Example], top_ks: Sequenc
     found: dict[int, RowStatistics] = {}
     for cpu_batch in sft_micro_batches(examples, ROWS_PER_PASS):
         batch = cpu_batch.to(model.device)
-        hidden_BTH = model.base_model(
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-        ).last_hidden_state
-        hidden_NH = hidden_BTH.flatten(0, 1)
+        hidden_NH = model.base_model(**batch.inputs).last_hidden_state.flatten(0, 1)
         masses: dict[int, list[FloatR]] = {}
         for k in top_ks:
             statistics = token_statistics(hidden_NH, head.weight_VH, batch.labels_N, top_k=k, **head.options)

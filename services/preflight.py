@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from sedsft.config import Benchmark, DataConfig
 from sedsft.data import BadRow, DataFileError, DataRowsError
 from sedsft.data.files import find_files, split_pattern
-from sedsft.data.sources import read_benchmark, read_prompt_rows, read_sft_rows
+from sedsft.data.hub import FOLDER, fetch, parse_hub_name
+from sedsft.data.sources import check_sft_rows, read_benchmark, read_prompt_rows
 from sedsft.records import Row
 from sedsft.tasks.countdown import countdown_verdict
 from services.checkpoints import MANIFEST
@@ -166,16 +167,17 @@ def _stage_pointers(spec: JobSpec) -> list[str]:
 # ------------------------------------------------------------------------------------------- paths and content
 
 
-def resolve(spec: JobSpec, roots: Sequence[Path]) -> JobSpec:
+def resolve(spec: JobSpec, roots: Sequence[Path], hub_home: Path | None = None) -> JobSpec:
     """The same job with absolute real paths, after everything it names was opened and checked.
 
     Args:
         roots: folders below which every path must lie, symbolic links followed; relative paths start at the first.
+        hub_home: folder below which data sets named `hf://owner/name` are downloaded; None: such names are refused.
 
     Raises:
         SpecError: all the problems found.
     """
-    resolver = _Resolver(tuple(Path(os.path.realpath(root)) for root in roots))
+    resolver = _Resolver(tuple(Path(os.path.realpath(root)) for root in roots), hub_home and Path(os.path.realpath(hub_home)))
     stages = [resolver.stage(stage, pointer) for stage, pointer in zip(stages_of(spec), _stage_pointers(spec), strict=True)]
     if resolver.problems:
         raise SpecError(resolver.problems)
@@ -190,8 +192,10 @@ P = TypeVar("P", DataConfig, Benchmark)
 class _Resolver:
     """Walks stages, resolves their paths and collects what is wrong. A file that several stages use is read once."""
 
-    def __init__(self, roots: tuple[Path, ...]) -> None:
-        self.roots = roots
+    def __init__(self, roots: tuple[Path, ...], hub_home: Path | None) -> None:
+        self.roots = roots if hub_home is None else (*roots, hub_home / FOLDER)
+        self._hub_home = hub_home
+        self._fetched: dict[str, Path] = {}
         self.problems: list[SpecProblem] = []
         self._verdicts: dict[tuple[Any, ...], str | None] = {}
         self._start_models: dict[str, str] = {}
@@ -262,8 +266,25 @@ class _Resolver:
                 raise _Refused(str(error)) from error
 
         settings = source.model_dump_json(exclude={"path", "name"})
-        path = self._checked(source.path, pointer, (read.__name__, purpose, settings), check, real_data_path)
+        path = self._checked(source.path, pointer, (read.__name__, purpose, settings), check, self._locate_data)
         return source.model_copy(update={"path": path})
+
+    def _locate_data(self, text: str, roots: Sequence[Path]) -> Path:
+        """Real path of a data source, which is downloaded first where it is named by its place on the hub."""
+        try:
+            name = parse_hub_name(text)
+            if name is None:
+                return real_data_path(text, roots)
+            if self._hub_home is None:
+                raise _Refused(
+                    f"expected a path below {' or '.join(map(str, roots))}, got {text!r}, which this service may not download; "
+                    "copy the files there, or start the service with SEDSFT_ALLOW_HUB=true"
+                )
+            if text not in self._fetched:
+                self._fetched[text] = fetch(name, self._hub_home)
+        except DataFileError as error:
+            raise _Refused(str(error)) from error
+        return real_data_path(str(self._fetched[text]), roots)
 
     def _checked(
         self,
@@ -300,7 +321,7 @@ def _check_checkpoint(folder: Path) -> None:
 
 
 def _read_sft(data: DataConfig, purpose: str) -> None:
-    read_sft_rows(data)
+    check_sft_rows(data)
 
 
 def _read_prompts(data: DataConfig, scorer: str) -> None:
@@ -320,7 +341,7 @@ def _check_golds(rows: Sequence[Row], scorer: str) -> None:
         try:
             countdown_verdict(row.answer or "", "")
         except ValueError as error:
-            bad.append(BadRow(row.line, str(error)))
+            bad.append(BadRow(row.line, str(error), row.file, kind="not_a_problem"))
     if bad:
         raise DataRowsError("gold answers that are countdown problems", bad, "mend these rows or choose another reward")
 

@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from services.charts import Chart, Series, figure, line_chart
+from services.data_report import template_environment
 from services.rundir import CheckpointRecord, Result, StatusReason, read_lines, read_result, write_atomically
 
 MAX_RESPONSE_CHARS = 4_000
@@ -49,7 +48,7 @@ _RL_CURVES = {
 _PHASES = {"seconds_rollout": "rollout", "seconds_score": "score", "seconds_train": "train", "seconds_sync": "sync"}
 _KINDS = {"sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 _ERROR_SIGNS = ("fail", "error", "invalid", "crash", "died", "timeout", "diverged", "mismatch")
-_WARNING_SIGNS = ("dropped", "skipped", "cut", "broken", "refitted", "cancel")
+_WARNING_SIGNS = ("warning", "rolled_back", "warning", "dropped", "skipped", "cut", "broken", "refitted", "cancel")
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class StageView:
     samples: list[dict[str, Any]] | None
     tokens: dict[str, Any] | None
     calibration: dict[str, Any] | None
+    data: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,7 @@ def build_report(attempt_folder: Path, spec_json: dict[str, Any]) -> Path:
     Works at any time: before result.json exists, with stages missing, or after a failure.
     """
     attempt = read_attempt(attempt_folder, spec_json)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment()
     environment.filters |= {"cell": cell, "clock": _clock, "duration": _duration, "severity": severity}
     status, reason = _status(attempt)
     times = [event["time"] for event in attempt.events]
@@ -180,6 +174,7 @@ def _stage_view(attempt: Attempt, name: str, kind: str) -> StageView:
         left("samples.json"),
         left("tokens.json"),
         left("calibration.json"),
+        left("data_report.json"),
     )
 
 

@@ -71,7 +71,7 @@ class Run:
         self._progress = replace(self._progress, phase=phase, step=step, steps=steps)
         self._gauge("progress", step / steps if steps else 0.0)
 
-    def event(self, kind: str, message: str, **data: Any) -> None:
+    def event(self, kind: str, message: str, /, **data: Any) -> None:
         """Record something worth knowing later: a stage, tau, a dropped row, a sync, an error."""
         log.info("%s: %s", kind, message)
         self._writer.event(kind, message, **data)

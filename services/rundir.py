@@ -87,7 +87,7 @@ class RunWriter:
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._seq = sum(1 for _ in read_lines(folder / "events.jsonl"))
 
-    def event(self, kind: str, message: str, **data: Any) -> None:
+    def event(self, kind: str, message: str, /, **data: Any) -> None:
         """Append one event; on disk when this returns."""
         with self._lock:
             self._seq += 1

@@ -16,6 +16,7 @@ WORKERS = ("services.training", "services.rollout", "services.scoring", "service
 ENVIRONMENT_READERS = {
     "api/settings.py",
     "api/stack.py",
+    "sedsft/data/encoding.py",
     "services/driver.py",
     "services/training/engine.py",
     "services/rollout/engine.py",

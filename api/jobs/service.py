@@ -23,11 +23,15 @@ ClusterResources = Callable[[], Awaitable[dict[str, float]]]
 class JobService:
     """Jobs as the endpoints see them."""
 
-    def __init__(self, store: JobStore, runs: Path, roots: Sequence[Path], cluster: ClusterResources) -> None:
+    def __init__(
+        self, store: JobStore, runs: Path, roots: Sequence[Path], cluster: ClusterResources, hub_home: Path | None = None
+    ) -> None:
+        """`hub_home`: where data sets of the Hugging Face hub are downloaded; None: they are refused."""
         self.store = store
         self._runs = runs
         self._roots = roots
         self._cluster = cluster
+        self._hub_home = hub_home
 
     # ------------------------------------------------------------------------------------------------- submit
 
@@ -65,7 +69,7 @@ class JobService:
 
     async def _check(self, spec: JobSpec) -> tuple[JobSpec, preflight.ResourcePlan, dict[str, float]]:
         try:
-            resolved = await asyncio.to_thread(preflight.resolve, spec, self._roots)
+            resolved = await asyncio.to_thread(preflight.resolve, spec, self._roots, self._hub_home)
             resources = preflight.plan(resolved)
             cluster = await self._cluster()
             preflight.check_capacity(resolved, resources, cluster)

@@ -15,8 +15,9 @@ FROM python:3.11-slim
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 COPY requirements/cpu.txt /tmp/lock.txt
 # What api.app imports and what that needs, at the locked versions; `pip check` fails the build when one is missing.
-RUN grep -E "^(alembic|annotated-doc|annotated-types|anyio|certifi|click|fastapi|h11|httpcore|httpx|idna|mako|markupsafe|numpy\
-|pyarrow|pydantic|pydantic-core|pydantic-settings|python-dotenv|sqlalchemy|starlette|typing-extensions|typing-inspection|uvicorn)==" \
+RUN grep -E "^(alembic|annotated-doc|annotated-types|anyio|certifi|click|fastapi|filelock|fsspec|h11|hf-xet|httpcore|httpcore2|httpx|httpx2\
+|huggingface-hub|idna|mako|markupsafe|numpy|packaging|pyarrow|pydantic|pydantic-core|pydantic-settings|python-dotenv|pyyaml|sqlalchemy\
+|starlette|tqdm|truststore|typing-extensions|typing-inspection|uvicorn)==" \
         /tmp/lock.txt > /tmp/api.txt \
     && pip install --no-cache-dir --no-deps -r /tmp/api.txt
 COPY --from=build /wheels /tmp/wheels

@@ -1,7 +1,8 @@
 """Rows to ranks and to padded or packed micro-batches, and per-token results back to rows.
 
 Shape suffixes: B rows of a padded micro-batch (1 of a packed one), T positions, N = B * T flat, R labelled tokens of one row.
-Padding stands on the right. Packed rows stand end to end; their positions restart at 0, by which the model tells them apart.
+Padding stands on the right, where causal rows never look, so that padded batches need no attention mask. Packed rows stand end
+to end; their positions restart at 0, and the lengths of the rows tell attention where one ends.
 Labels are shifted once, here: position t carries the label of token t + 1, so results at t speak about token t + 1.
 """
 
@@ -23,28 +24,31 @@ from sedsft.vocabulary import IGNORED_LABEL
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """Rows of one forward pass. `rows[i]` is the index, in the list the batch was made from, of its i-th row.
-
-    Without an attention mask the batch is packed: B is 1 and a row begins wherever the position is 0. Transformers builds the
-    mask from the positions then (`masking_utils.find_packed_sequence_indices`), for sdpa and eager attention alike, but only
-    where the forward pass keeps no cache (`use_cache=False`).
-    """
+    """Rows of one forward pass. `rows[i]` is the index, in the list the batch was made from, of its i-th row."""
 
     rows: tuple[int, ...]
     input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor | None
-    position_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
+    row_lengths: tuple[int, ...] | None = None
+    """Tokens of each packed row, in order, with B = 1; None in a padded batch."""
 
     @property
     def labels_N(self) -> torch.Tensor:
         """Labels in the order of flattened hidden states."""
         return self.labels_BT.flatten()
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's backbone. From the positions of packed rows transformers makes an attention mask
+        that keeps them apart, but only where the pass keeps no cache."""
+        if self.row_lengths is None:
+            return {"input_ids": self.input_ids_BT, "use_cache": False}
+        positions = torch.cat([torch.arange(length) for length in self.row_lengths])[None]
+        return {"input_ids": self.input_ids_BT, "position_ids": positions.to(self.input_ids_BT.device), "use_cache": False}
+
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_BT")}
-        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items() if value is not None}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name.endswith("_BT")}
         return replace(self, **moved)
 
     @classmethod
@@ -53,13 +57,12 @@ class MicroBatch:
 
         A rank that has run out of rows computes it so that its collectives match those of the other ranks.
         """
-        zero_BT = torch.zeros(1, 1, dtype=torch.long)
         tensors = {f.name: torch.zeros(1, 1) for f in fields(cls) if f.name.endswith("_BT")}
-        tensors |= {"input_ids_BT": zero_BT, "position_ids_BT": zero_BT, "attention_mask_BT": zero_BT + 1}
-        return cls(rows=(), **{**tensors, "labels_BT": zero_BT + IGNORED_LABEL})
+        ids_BT = torch.zeros(1, 1, dtype=torch.long)
+        return cls(rows=(), **{**tensors, "input_ids_BT": ids_BT, "labels_BT": ids_BT + IGNORED_LABEL})
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PolicyMicroBatch(MicroBatch):
     """A micro-batch of responses; both extra tensors are aligned with the labels and 0 where there is none."""
 
@@ -121,7 +124,7 @@ def policy_micro_batches(policy_rows: Sequence[PolicyRow], micro_batch_size: int
         advantages = [np.full(len(r.response_ids_R), r.advantage, np.float32) for r in chosen]
         old_log_probs = [r.sampler_log_probs_R for r in chosen]
         floats = (_placed(values, starts, num_positions) for values in (advantages, old_log_probs))
-        batches.append(PolicyMicroBatch(rows, *tensors, *floats))
+        batches.append(PolicyMicroBatch(rows, *tensors, advantage_BT=next(floats), old_log_prob_BT=next(floats)))
     return batches
 
 
@@ -136,9 +139,9 @@ def labelled_values(batch: MicroBatch, values_N: torch.Tensor) -> list[npt.NDArr
     """Split flat per-position values into one array per row, R long: its labelled tokens in order."""
     values_BT = values_N.detach().float().cpu().numpy().reshape(batch.labels_BT.shape)
     labelled_BT = (batch.labels_BT != IGNORED_LABEL).cpu().numpy()
-    if batch.attention_mask_BT is not None:
+    if batch.row_lengths is None:
         return [values_BT[b][labelled_BT[b]] for b in range(len(batch.rows))]
-    borders = np.flatnonzero(batch.position_ids_BT[0].cpu().numpy() == 0)[1:]
+    borders = np.cumsum(batch.row_lengths)[:-1]
     rows = zip(np.split(values_BT[0], borders), np.split(labelled_BT[0], borders), strict=True)
     return [values_T[labelled_T] for values_T, labelled_T in rows]
 
@@ -174,15 +177,14 @@ def _packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
 
 def _packed(rows: Sequence[int], chosen: Sequence[Example]) -> MicroBatch:
     ids = [e.input_ids_T.astype(np.int64) for e in chosen]
-    positions = [np.arange(len(row)) for row in ids]
     labels = [np.append(np.where(e.trained_T, e.input_ids_T, IGNORED_LABEL)[1:], IGNORED_LABEL) for e in chosen]
-    ids_BT, positions_BT, labels_BT = (
-        torch.from_numpy(np.concatenate(parts)[None]).long() for parts in (ids, positions, labels)
-    )
-    return MicroBatch(tuple(rows), ids_BT, None, positions_BT, labels_BT)
+    ids_BT, labels_BT = (torch.from_numpy(np.concatenate(parts)[None]).long() for parts in (ids, labels))
+    return MicroBatch(tuple(rows), ids_BT, labels_BT, tuple(len(row) for row in ids))
 
 
-def _responses(pairs: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]) -> tuple[torch.Tensor, ...]:
+def _responses(
+    pairs: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]],
+) -> tuple[torch.Tensor, torch.Tensor]:
     labels = []
     for prompt, response in pairs:
         if not len(prompt) or not len(response):
@@ -193,21 +195,15 @@ def _responses(pairs: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.int
 
 def _padded(
     rows: Sequence[npt.NDArray[np.integer]], labels: Sequence[npt.NDArray[np.integer]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, attention mask, positions and labels, each [B, T] int64 with T the longest row.
-
-    Padding has id 0, position 0, no attention and no label; as it stands on the right, causal rows never see it.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels, each [B, T] int64 with T the longest row. Padding has id 0 and no label."""
     num_positions = max(len(row) for row in rows)
     ids_BT = np.zeros((len(rows), num_positions), np.int64)
-    mask_BT = np.zeros_like(ids_BT)
     labels_BT = np.full_like(ids_BT, IGNORED_LABEL)
     for b, (row, row_labels) in enumerate(zip(rows, labels, strict=True)):
         ids_BT[b, : len(row)] = row
-        mask_BT[b, : len(row)] = 1
         labels_BT[b, : len(row) - 1] = row_labels
-    positions_BT = np.arange(num_positions) * mask_BT
-    return tuple(torch.from_numpy(a) for a in (ids_BT, mask_BT, positions_BT, labels_BT))  # type: ignore[return-value]
+    return torch.from_numpy(ids_BT), torch.from_numpy(labels_BT)
 
 
 def _placed(rows: Sequence[npt.NDArray[np.float32]], starts: Sequence[int], num_positions: int) -> torch.Tensor:

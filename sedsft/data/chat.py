@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jinja2 import TemplateError
@@ -18,24 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sedsft.data import BadRow, DataRowsError, TokenizerError
+from sedsft.data.values import Malformed
 from sedsft.records import Example, Prompt, Row
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRows:
-    """Tokenized conversations.
-
-    Of rows that were too long, `cut` are the lines of those that lost their end, `dropped` of those that are not among the
-    examples: all of them when rows are dropped, else those that would have no trained token left.
-    """
-
-    examples: tuple[Example, ...]
-    dropped: tuple[int, ...]
-    cut: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +33,7 @@ class EncodedPrompts:
     dropped: tuple[int, ...]
 
 
-class _Refused(Exception):
+class Refused(Malformed):
     """The reason why one conversation cannot be encoded."""
 
 
@@ -79,54 +66,32 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_sft(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, on_too_long: Literal["error", "drop", "cut"]
-) -> EncodedRows:
-    """Token ids and loss masks of conversations; what follows the last trained token is left out.
+class ChatEncoder:
+    """Token ids and loss masks of conversations, one at a time; what follows the last trained token is left out.
 
-    Trained are the assistant's turns, each with its end token and not with the line break behind it. With on_too_long="cut" a
-    row longer than `max_length` tokens ends with the last trained token within them.
-
-    Raises:
-        DataRowsError: rows that the template refuses, rows without a trained token, or, with on_too_long="error", rows
-            longer than `max_length` tokens; also when no row remains.
+    Trained are the assistant's turns, each with its end token and not with the line break behind it.
     """
-    find_turns = _turns_by_blocks if _GENERATION_BLOCK.search(str(tokenizer.chat_template)) else _turns_by_prefixes
-    end_ids = _end_ids(tokenizer)
-    examples: list[Example] = []
-    cut: list[int] = []
-    too_long: list[BadRow] = []
-    bad: list[BadRow] = []
-    for row in rows:
-        try:
-            text, spans = find_turns(row, tokenizer)
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids: list[int] = encoded["input_ids"]
-            trained = [_trained_tokens(ids, encoded["offset_mapping"], span, end_ids) for span in spans]
-        except _Refused as reason:
-            bad.append(BadRow(row.line, str(reason), row.file))
-            continue
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._find_turns = _turns_by_blocks if _GENERATION_BLOCK.search(str(tokenizer.chat_template)) else _turns_by_prefixes
+        self._end_ids = _end_ids(tokenizer)
+
+    def example(self, row: Row) -> Example:
+        """The whole conversation, however long.
+
+        Raises:
+            Refused: the template refuses it, or a turn has no token to train.
+        """
+        text, spans = self._find_turns(row, self._tokenizer)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = encoded["input_ids"]
+        trained = [_trained_tokens(ids, encoded["offset_mapping"], span, self._end_ids) for span in spans]
         length = max(end for _, end in trained)
         trained_T = np.zeros(length, dtype=np.bool_)
         for start, end in trained:
             trained_T[start:end] = True
-        if length > max_length:
-            kept = np.flatnonzero(trained_T[:max_length])
-            # The first token is never predicted, so a row that keeps no other trained token would carry no loss.
-            if on_too_long != "cut" or not kept.any():
-                lost = "no trained token would be left" if on_too_long == "cut" else "of which the response would be cut"
-                too_long.append(BadRow(row.line, f"{length} tokens, {lost}", row.file))
-                continue
-            length = int(kept[-1]) + 1
-            trained_T = trained_T[:length]
-            cut.append(row.line)
-        examples.append(Example(np.array(ids[:length], dtype=np.int32), trained_T, row.line, row.file))
-    if bad:
-        raise DataRowsError("rows that the chat template can render", bad, "mend or remove these rows")
-    if too_long and (on_too_long == "error" or not examples):
-        remedy = "raise max_length or shorten these rows" + (" or set on_too_long" if on_too_long == "error" else "")
-        raise DataRowsError(f"rows of at most max_length={max_length} tokens", too_long, remedy)
-    return EncodedRows(tuple(examples), tuple(row.line for row in too_long), tuple(cut))
+        return Example(np.array(ids[:length], dtype=np.int32), trained_T, row.line, row.file)
 
 
 def encode_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> EncodedPrompts:
@@ -142,13 +107,13 @@ def encode_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_
         try:
             text = _render(tokenizer, row.messages, prompt=True)
             if row.answer is None:
-                raise _Refused("expected a gold answer, got none")
-        except _Refused as reason:
-            bad.append(BadRow(row.line, str(reason), row.file))
+                raise Refused("empty_gold", "expected a gold answer, got none")
+        except Refused as reason:
+            bad.append(BadRow(row.line, str(reason), row.file, kind=reason.kind))
             continue
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > max_prompt_tokens:
-            too_long.append(BadRow(row.line, f"{len(ids)} tokens", row.file))
+            too_long.append(BadRow(row.line, f"{len(ids)} tokens", row.file, kind="too_long"))
         else:
             prompts.append(Prompt(tuple(ids), text, row.answer, row.line))
     if bad:
@@ -168,10 +133,10 @@ def _turns_by_blocks(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
             **tokenizer.special_tokens_map,
         )
     except (TemplateError, TypeError) as error:
-        raise _Refused(f"the chat template refuses it: {error}") from error
+        raise Refused("template_refused", f"the chat template refuses it: {error}") from error
     turns = sum(turn["role"] == "assistant" for turn in row.messages)
     if len(spans) != turns:
-        raise _Refused(f"expected one generation block per assistant turn, got {len(spans)} for {turns}")
+        raise Refused("unclear_turns", f"expected one generation block per assistant turn, got {len(spans)} for {turns}")
     return text, spans
 
 
@@ -185,9 +150,10 @@ def _turns_by_prefixes(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[st
         before = _render(tokenizer, row.messages[:index], prompt=True)
         through = _render(tokenizer, row.messages[: index + 1], prompt=False)
         if not (text.startswith(through) and through.startswith(before)):
-            raise _Refused(
+            raise Refused(
+                "unclear_turns",
                 f"the chat template renders turn {index + 1} differently inside the whole conversation, so its tokens cannot "
-                "be told; use a template with {% generation %} blocks or rows with one assistant turn"
+                "be told; use a template with {% generation %} blocks or rows with one assistant turn",
             )
         spans.append((len(before), len(through)))
     return text, spans
@@ -202,21 +168,24 @@ def _trained_tokens(ids: Sequence[int], offsets: Sequence[Span], span: Span, end
     starts_T, ends_T = offsets_T2[:, 0], offsets_T2[:, 1]
     inside = np.flatnonzero((starts_T >= span[0]) & (ends_T <= span[1]) & (ends_T > starts_T))
     if not inside.size:
-        raise _Refused("expected tokens in every assistant turn, got none")
+        raise Refused("no_trained_token", "expected tokens in every assistant turn, got none")
     first, last = int(inside[0]), int(inside[-1])
     if last + 1 < len(ids) and ids[last] not in end_ids and starts_T[last + 1] == span[1] and ids[last + 1] in end_ids:
         last += 1
     for position in range(last, first, -1):
         if ids[position] in end_ids:
             return first, position + 1
-    raise _Refused("the chat template writes no end token after the assistant's turn, so the model would never learn to stop")
+    raise Refused(
+        "no_end_token",
+        "the chat template writes no end token after the assistant's turn, so the model would never learn to stop",
+    )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], prompt: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
     except (TemplateError, TypeError) as error:
-        raise _Refused(f"the chat template refuses it: {error}") from error
+        raise Refused("template_refused", f"the chat template refuses it: {error}") from error
     return str(text)
 
 

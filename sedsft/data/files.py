@@ -3,8 +3,10 @@
 | ending                            | a row is                                                                       |
 |-----------------------------------|--------------------------------------------------------------------------------|
 | .jsonl, .jsonl.gz, .jsonl.zst     | a line                                                                         |
-| .json, .json.gz, .json.zst        | an item of the one list; the text is held as a whole, its items one at a time  |
+| .json, .json.gz, .json.zst        | an item of the one list; its text, of 512 MiB at most, is held as a whole      |
 | .parquet                          | a row; read through Arrow in batches                                           |
+
+Files of lines and Parquet files may be larger than memory, a single line or a single value may not.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from sedsft.data.values import Malformed, kind
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PARQUET_BATCH_ROWS = 1024
+_PARQUET_BUFFER_BYTES = 1 << 20
+"""Read of a column at once; without it, Arrow reads what a row group has of a column as a whole."""
+_MAX_JSON_BYTES = 512 << 20
 _WILDCARDS = frozenset("*?[")
 
 
@@ -86,6 +91,18 @@ def read_values(path: str, max_rows: int | None) -> Iterator[Placed]:
     yield from islice((placed for file in files for placed in _values(file, folder if len(files) > 1 else None)), max_rows)
 
 
+def count_rows(path: str, max_rows: int | None) -> int | None:
+    """How many values `read_values` gives, as Parquet files tell; None where a file is of another kind or cannot be read."""
+    files = find_files(path)
+    if any(file.suffix != ".parquet" for file in files):
+        return None
+    try:
+        total: int = sum(pq.read_metadata(file).num_rows for file in files)
+    except (OSError, pa.ArrowException):
+        return None
+    return total if max_rows is None else min(total, max_rows)
+
+
 def _matches(base: Path, pattern: str) -> list[Path]:
     if ".." in Path(pattern).parts:
         raise DataFileError(f"expected no .. behind a wildcard, got {pattern!r}; write the path without it")
@@ -110,7 +127,7 @@ def _values(file: Path, folder: str | None) -> Iterator[Placed]:
         for line, value in enumerate(read(file), start=1):
             yield Placed(value, line, name)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataFileError(f"expected a readable file, got {file}: {error}") from error
+        raise DataFileError(f"expected a readable file, got {file}, whose rows end behind line {line}: {error}") from error
     if line == 0:
         raise DataFileError(f"expected rows in {file}, got an empty file")
 
@@ -131,22 +148,27 @@ def _jsonl(file: Path) -> Iterator[object]:
 
 def _json_value(line: bytes) -> object:
     if not line.strip():
-        return Malformed("expected an object, got an empty line")
+        return Malformed("empty_line", "expected an object, got an empty line")
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Malformed(f"expected UTF-8, got byte 0x{line[error.start]:02x} at position {error.start + 1}")
+        return Malformed("invalid_utf8", f"expected UTF-8, got byte 0x{line[error.start]:02x} at position {error.start + 1}")
     except json.JSONDecodeError as error:
-        return Malformed(f"expected JSON, got {error.msg} at column {error.colno}")
+        return Malformed("invalid_json", f"expected JSON, got {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested thousands deep
-        return Malformed(f"expected JSON that can be read, got: {error}")
+        return Malformed("invalid_json", f"expected JSON that can be read, got: {error}")
 
 
 def _json(file: Path) -> Iterator[object]:
     with _open(file) as stream:
-        content = stream.read().removeprefix(_BYTE_ORDER_MARK)
+        content = stream.read(_MAX_JSON_BYTES + 1)
+    if len(content) > _MAX_JSON_BYTES:
+        raise DataFileError(
+            f"expected a list of at most {_MAX_JSON_BYTES >> 20} MiB of JSON in {file}, since it is held in memory as a whole, "
+            "got more; convert it to .jsonl (`jq -c '.[]'`) or .parquet, which are read bit by bit"
+        )
     try:
-        yield from _items(content.decode("utf-8"), file)
+        yield from _items(content.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), file)
     except UnicodeDecodeError as error:
         raise DataFileError(f"expected UTF-8 in {file}, got another byte at position {error.start + 1}") from error
     except DataFileError:
@@ -188,7 +210,7 @@ def _next(content: str, at: int) -> int:
 
 def _parquet(file: Path) -> Iterator[object]:
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES) as table:
             # Batches of all row groups at once would keep what was read of each in memory until the last.
             for group in range(table.num_row_groups):
                 for batch in table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group]):
@@ -206,6 +228,8 @@ _READERS: dict[str, Callable[[Path], Iterator[object]]] = {
     ".json.zst": _json,
     ".parquet": _parquet,
 }
+ENDINGS = tuple(_READERS)
+"""How the names of data files end."""
 
 
 def _reader(file: Path) -> Callable[[Path], Iterator[object]] | None:

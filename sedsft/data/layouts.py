@@ -137,9 +137,9 @@ def conversation(row: RowObject, layout: Layout) -> tuple[Turn, ...]:
         messages = _question_answer(row, ("question", "problem"), ("response", "solution", "answer"))
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise Malformed("expected an assistant turn, got none")
+        raise Malformed("no_assistant_turn", "expected an assistant turn, got none")
     if "user" not in roles[: roles.index("assistant")]:
-        raise Malformed("expected a user turn before the first assistant turn, got none")
+        raise Malformed("turn_order", "expected a user turn before the first assistant turn, got none")
     return messages
 
 
@@ -149,7 +149,7 @@ def _question_answer(row: RowObject, questions: tuple[str, ...], answers: tuple[
 
 def _prompt_completion(row: RowObject) -> tuple[Turn, ...]:
     if lookup(row, "completion") is not None and lookup(row, "response") is not None:
-        raise Malformed("expected one of completion and response, got both")
+        raise Malformed("conflicting_columns", "expected one of completion and response, got both")
     name = first(row, "completion", "response")
     prompt = as_turns(column(row, "prompt"), "prompt", "user")
     return (*prompt, *as_turns(column(row, name), name, "assistant"))
@@ -159,11 +159,11 @@ def _alpaca(row: RowObject) -> tuple[Turn, ...]:
     """Earlier exchanges, then the instruction with its input below a blank line, then the output."""
     history = lookup(row, "history") or []
     if not isinstance(history, list):
-        raise Malformed(f"expected history to be a list of pairs, got {kind(history)}")
+        raise Malformed("wrong_type", f"expected history to be a list of pairs, got {kind(history)}")
     messages: list[Turn] = []
     for index, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Malformed(f"expected history[{index}] to be a pair of instruction and output, got {kind(pair)}")
+            raise Malformed("wrong_type", f"expected history[{index}] to be a pair of instruction and output, got {kind(pair)}")
         for role, item, value in zip(("user", "assistant"), (0, 1), pair, strict=True):
             messages.append(turn(role, text(value, f"history[{index}][{item}]")))
     asked = [text_column(row, "instruction"), optional_text(row, "input")]
@@ -177,7 +177,7 @@ def _with_own_system(row: RowObject, messages: tuple[Turn, ...]) -> tuple[Turn, 
     if system is None:
         return messages
     if any(message["role"] == "system" for message in messages):
-        raise Malformed("expected one system prompt, got a system turn and the column system")
+        raise Malformed("conflicting_columns", "expected one system prompt, got a system turn and the column system")
     return (turn("system", system), *messages)
 
 
@@ -190,21 +190,26 @@ def tokens(row: RowObject) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]
     ids = integers(column(row, "input_ids"), "input_ids", 0, _MAX_TOKEN_ID)
     labels = integers(column(row, "labels"), "labels", _IGNORED_LABEL, _MAX_TOKEN_ID)
     if len(ids) != len(labels):
-        raise Malformed(f"expected as many labels as input_ids, got {len(labels)} and {len(ids)}")
+        raise Malformed("label_count", f"expected as many labels as input_ids, got {len(labels)} and {len(ids)}")
     ids_T, labels_T = np.array(ids, np.int32), np.array(labels, np.int32)
     trained_T = labels_T != _IGNORED_LABEL
     differs = np.flatnonzero(trained_T & (labels_T != ids_T))
     if len(differs):
         at = int(differs[0])
-        raise Malformed(f"expected labels[{at}] to be {_IGNORED_LABEL} or input_ids[{at}] = {ids[at]}, got {labels[at]}")
+        raise Malformed(
+            "label_mismatch", f"expected labels[{at}] to be {_IGNORED_LABEL} or input_ids[{at}] = {ids[at]}, got {labels[at]}"
+        )
     trained_T[:1] = False
     if not trained_T.any():
-        raise Malformed("expected a trained token behind the first, got labels of -100 only")
+        raise Malformed("no_trained_token", "expected a trained token behind the first, got labels of -100 only")
     length = int(np.flatnonzero(trained_T)[-1]) + 1
     if lookup(row, "attention_mask") is not None:
         mask = integers(column(row, "attention_mask"), "attention_mask", 0, 1)
         if len(mask) != len(ids) or 0 in mask[:length]:
-            raise Malformed("expected attention_mask to be 1 up to the last trained token, got padding there or another length")
+            raise Malformed(
+                "attention_mask",
+                "expected attention_mask to be 1 up to the last trained token, got padding there or another length",
+            )
     return ids_T[:length], trained_T[:length]
 
 
@@ -221,12 +226,12 @@ def prompt_and_gold(row: RowObject, layout: Layout) -> tuple[tuple[Turn, ...], s
         messages = as_turns(column(row, "prompt"), "prompt", "user")
         model = column(row, "reward_model")
         if not isinstance(model, dict):
-            raise Malformed(f"expected reward_model to be an object with ground_truth, got {kind(model)}")
+            raise Malformed("wrong_type", f"expected reward_model to be an object with ground_truth, got {kind(model)}")
         answer = gold(model.get("ground_truth"), "reward_model.ground_truth")
     else:
         source = "messages" if layout == "messages" else "prompt"
         messages = as_turns(column(row, source), source, "user")
         answer = gold(column(row, "answer"), "answer")
     if messages[-1]["role"] != "user":
-        raise Malformed(f"expected the last turn of a prompt to be the user's, got the {messages[-1]['role']}'s")
+        raise Malformed("turn_order", f"expected the last turn of a prompt to be the user's, got the {messages[-1]['role']}'s")
     return messages, answer

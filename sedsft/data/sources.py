@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sedsft.config import DataConfig, Layout
-from sedsft.data import BadRow, DataFileError, DataRowsError
+from sedsft.data import BadRow, DataFileError, DataRowsError, RowTally
 from sedsft.data.files import Placed, read_values
 from sedsft.data.layouts import Purpose, check_layout, conversation, detect, prompt_and_gold, rename, tokens
 from sedsft.data.values import Malformed, RowObject, Turn, column, gold, kind, text_column, turn
@@ -34,7 +34,7 @@ from sedsft.records import Example, Row
 
 @dataclass(frozen=True, slots=True)
 class SFTRows:
-    """Rows to train on: conversations, or, in the layout `tokens`, examples; `skipped` are those that cannot be used."""
+    """Rows to train on: conversations, or, in the layout `tokens`, examples; of those that cannot be used, the first 10,000."""
 
     rows: tuple[Row, ...]
     examples: tuple[Example, ...]
@@ -65,28 +65,39 @@ def iter_sft_rows(config: DataConfig) -> Iterator[Row | Example | BadRow]:
     return _converted(config, "SFT", convert)
 
 
-def read_sft_rows(config: DataConfig) -> SFTRows:
-    """All rows of `iter_sft_rows`, which are refused or sorted out as `on_bad_row` says. Raises as it does, and
+def sft_rows(config: DataConfig, skipped: RowTally) -> Iterator[Row | Example]:
+    """The rows of `iter_sft_rows` that can be used; the others go to `skipped`. Raises as it does, and
 
     Raises:
-        DataRowsError: rows that cannot be used, all in one error; with `skip` only when no other is left.
+        DataRowsError: behind the last row, rows that cannot be used; with on_bad_row="skip" only when no other is left.
     """
-    rows: list[Row] = []
-    examples: list[Example] = []
-    skipped: list[BadRow] = []
+    any_good = False
     for item in iter_sft_rows(config):
         if isinstance(item, BadRow):
-            skipped.append(item)
-        elif isinstance(item, Example):
-            examples.append(item)
+            skipped.add(item)
         else:
-            rows.append(item)
-    _check_bad(config, "SFT", skipped, bool(rows or examples))
-    return SFTRows(tuple(rows), tuple(examples), tuple(skipped))
+            any_good = True
+            yield item
+    _check_bad(config, "SFT", skipped, any_good)
+
+
+def check_sft_rows(config: DataConfig) -> None:
+    """Read all rows and keep none. Raises as `sft_rows` does."""
+    for _ in sft_rows(config, RowTally()):
+        pass
+
+
+def read_sft_rows(config: DataConfig) -> SFTRows:
+    """All rows of a file that is small. Raises as `sft_rows` does."""
+    skipped = RowTally()
+    items = list(sft_rows(config, skipped))
+    rows = tuple(item for item in items if isinstance(item, Row))
+    examples = tuple(item for item in items if isinstance(item, Example))
+    return SFTRows(rows, examples, tuple(skipped.first))
 
 
 def read_prompt_rows(config: DataConfig) -> PromptRows:
-    """Conversations that end with a user turn, with their gold answers. Raises as `read_sft_rows` does."""
+    """Conversations that end with a user turn, with their gold answers. Raises as `sft_rows` does."""
 
     def convert(row: RowObject, layout: Layout, placed: Placed) -> Row:
         messages, answer = prompt_and_gold(row, layout)
@@ -101,15 +112,15 @@ def read_prompt_rows(config: DataConfig) -> PromptRows:
         elif item.answer:
             rows.append(item)
         else:
-            empty.append(BadRow(item.line, "expected a gold answer, got an empty one", item.file))
-    _check_bad(config, "RL", bad, bool(rows))
+            empty.append(BadRow(item.line, "expected a gold answer, got an empty one", item.file, kind="empty_gold"))
+    _check_bad(config, "RL", RowTally.of(bad), bool(rows))
     if not rows:
         raise DataFileError(f"expected gold answers in {config.path}, got {len(empty)} rows with an empty one; fill them in")
     return PromptRows(tuple(rows), tuple(sorted(bad + empty, key=lambda row: (row.file, row.line))))
 
 
 def read_benchmark(path: str, max_rows: int | None = None, system_prompt: str | None = None) -> tuple[Row, ...]:
-    """Rows with the columns `problem` and `answer`, as one user turn each. Raises as `read_sft_rows` does."""
+    """Rows with the columns `problem` and `answer`, as one user turn each. Raises as `sft_rows` does."""
     rows: list[Row] = []
     bad: list[BadRow] = []
     for placed in read_values(path, max_rows):
@@ -118,10 +129,10 @@ def read_benchmark(path: str, max_rows: int | None = None, system_prompt: str | 
             messages = (turn("user", text_column(row, "problem")),)
             answer = gold(column(row, "answer"), "answer")
             if not answer:
-                raise Malformed("expected answer to have content, got an empty text")
+                raise Malformed("empty_text", "expected answer to have content, got an empty text")
             rows.append(Row(_with_system(messages, system_prompt), answer, placed.line, placed.file))
         except Malformed as error:
-            bad.append(BadRow(placed.line, str(error), placed.file))
+            bad.append(BadRow(placed.line, str(error), placed.file, kind=error.kind))
     if bad:
         raise DataRowsError(f"every row of {path} to have a problem and an answer", bad, "mend or remove these rows")
     return tuple(rows)
@@ -143,7 +154,7 @@ def _converted(config: DataConfig, purpose: Purpose, convert: Callable[[RowObjec
                 _check_settings(config, layout, purpose)
             item = convert(row, layout, placed)
         except Malformed as error:
-            yield BadRow(placed.line, f"{error}{renamed}", placed.file)
+            yield BadRow(placed.line, f"{error}{renamed}", placed.file, kind=error.kind)
         else:
             yield item
 
@@ -156,8 +167,8 @@ def _check_settings(config: DataConfig, layout: Layout, purpose: Purpose) -> Non
         )
 
 
-def _check_bad(config: DataConfig, purpose: Purpose, bad: list[BadRow], any_good: bool) -> None:
-    if bad and (config.on_bad_row == "error" or not any_good):
+def _check_bad(config: DataConfig, purpose: Purpose, bad: RowTally, any_good: bool) -> None:
+    if bad.total and (config.on_bad_row == "error" or not any_good):
         remedy = "mend or remove these rows" + ("" if config.on_bad_row == "skip" else ", or set on_bad_row to skip")
         raise DataRowsError(f"{purpose} rows in {config.path}", bad, remedy)
 
@@ -166,7 +177,7 @@ def _object(value: object) -> RowObject:
     if isinstance(value, Malformed):
         raise value
     if not isinstance(value, dict):
-        raise Malformed(f"expected an object, got {kind(value)}")
+        raise Malformed("not_an_object", f"expected an object, got {kind(value)}")
     return value
 
 

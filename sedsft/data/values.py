@@ -6,12 +6,21 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from sedsft.data import BadRowKind
+
 Turn = dict[str, str]
 RowObject = dict[str, object]
 
 
 class Malformed(Exception):
-    """The reason why one row is refused."""
+    """The reason why one row is refused: its kind, and for people what was expected and what came."""
+
+    def __init__(self, kind: BadRowKind, reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +50,9 @@ def column(row: RowObject, name: str) -> object:
     """Value of a column that the row must have."""
     value = lookup(row, name)
     if value is None:
-        state = "null" if name in row else f"the columns {listed(row)}"
-        raise Malformed(f"expected the column {name}, got {state}")
+        if name in row:
+            raise Malformed("null_column", f"expected the column {name}, got null")
+        raise Malformed("missing_column", f"expected the column {name}, got the columns {listed(row)}")
     return value
 
 
@@ -61,13 +71,13 @@ def first(row: RowObject, *names: str) -> str:
 def text(value: object, name: str) -> str:
     """A text that is not blank and can be encoded."""
     if not isinstance(value, str):
-        raise Malformed(f"expected {name} to be a text, got {kind(value)}")
+        raise Malformed("wrong_type", f"expected {name} to be a text, got {kind(value)}")
     if not value.strip():
-        raise Malformed(f"expected {name} to have content, got an empty text")
+        raise Malformed("empty_text", f"expected {name} to have content, got an empty text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise Malformed(f"expected {name} to be valid Unicode, got a lone surrogate") from None
+        raise Malformed("invalid_unicode", f"expected {name} to be valid Unicode, got a lone surrogate") from None
     return value
 
 
@@ -96,21 +106,23 @@ def as_turns(value: object, name: str, role: str) -> tuple[Turn, ...]:
 def turns(value: object, name: str, keys: TurnKeys = CHAT) -> tuple[Turn, ...]:
     """Turns from a list of objects with a role and a content and nothing else."""
     if not isinstance(value, list):
-        raise Malformed(f"expected {name} to be a list of turns, got {kind(value)}")
+        raise Malformed("wrong_type", f"expected {name} to be a list of turns, got {kind(value)}")
     if not value:
-        raise Malformed(f"expected turns in {name}, got an empty list")
+        raise Malformed("no_turns", f"expected turns in {name}, got an empty list")
     return tuple(_turn(item, f"{name}[{index}]", keys) for index, item in enumerate(value))
 
 
 def _turn(item: object, where: str, keys: TurnKeys) -> Turn:
     if not isinstance(item, dict):
-        raise Malformed(f"expected {where} to be an object with {keys.role} and {keys.content}, got {kind(item)}")
+        raise Malformed("wrong_type", f"expected {where} to be an object with {keys.role} and {keys.content}, got {kind(item)}")
     role = item.get(keys.role)
     if not isinstance(role, str) or role not in keys.roles:
-        raise Malformed(f"expected the role of {where} to be one of {', '.join(keys.roles)}, got {role!r:.60}")
+        raise Malformed("unknown_role", f"expected the role of {where} to be one of {', '.join(keys.roles)}, got {role!r:.60}")
     extra = [key for key, field in item.items() if key not in (keys.role, keys.content) and field is not None]
     if extra:
-        raise Malformed(f"expected {where} to have {keys.role} and {keys.content} only, got {listed(extra)} too")
+        raise Malformed(
+            "unknown_field", f"expected {where} to have {keys.role} and {keys.content} only, got {listed(extra)} too"
+        )
     return turn(keys.roles[role], text(item.get(keys.content), f"the content of {where}"))
 
 
@@ -124,16 +136,18 @@ def gold(value: object, name: str) -> str:
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
-    raise Malformed(f"expected {name} to be a text, a finite number or a list of one of them, got {kind(value)}")
+    raise Malformed("wrong_type", f"expected {name} to be a text, a finite number or a list of one of them, got {kind(value)}")
 
 
 def integers(value: object, name: str, low: int, high: int) -> list[int]:
     """A list of whole numbers from `low` to `high`."""
     if not isinstance(value, list):
-        raise Malformed(f"expected {name} to be a list of whole numbers, got {kind(value)}")
+        raise Malformed("wrong_type", f"expected {name} to be a list of whole numbers, got {kind(value)}")
     for index, item in enumerate(value):
         if type(item) is not int or not low <= item <= high:
-            raise Malformed(f"expected {name}[{index}] to be a whole number from {low} to {high}, got {kind(item)}")
+            raise Malformed(
+                "not_a_token_id", f"expected {name}[{index}] to be a whole number from {low} to {high}, got {kind(item)}"
+            )
     return value
 
 

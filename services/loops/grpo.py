@@ -24,6 +24,7 @@ from services.checkpoints import CheckpointInfo
 from services.jobspec import RLStage
 from services.loops.engines import EngineRequest, Engines
 from services.loops.ranks import STEP_TIMEOUT_S, merge_sums, publish, spec_sha256, start_ranks, trainer_actors
+from services.model_card import CardFacts, model_card
 from services.placement import actor_groups
 from services.rollout.weight_sync import Pair, Probe, SyncReport, WeightSync
 from services.run import Run, write_json
@@ -68,11 +69,12 @@ def run_grpo(run: Run, stage: RLStage, folder: Path, engines: Engines) -> None:
             run.phase("weight_sync", iteration, config.iterations)
             with clock("sync"):
                 report = _synced(run, sync.push(engines.next_version()))
-            run.metrics(iteration, rollout_figures(groups, advantages) | figures | _sync_figures(report) | clock.figures())
+            figures |= rollout_figures(groups, advantages) | _sync_figures(report)
+            run.metrics(iteration, figures | clock.figures())
         run.phase("saving", config.iterations, config.iterations)
         samples = config.iterations * config.prompts_per_iteration * config.group_size
         info = CheckpointInfo(stage.name, config.iterations, spec_sha256(run), samples, weight_version=report.version)
-        publish(run, trainers, folder, info)
+        publish(run, trainers, folder, info, model_card(run.spec, stage, CardFacts(info, figures)))
 
 
 class Clock:

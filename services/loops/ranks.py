@@ -21,6 +21,8 @@ SETUP_TIMEOUT_S = 1800.0
 STEP_TIMEOUT_S = 1800.0
 SAVE_TIMEOUT_S = 3600.0
 
+MODEL_CARD = "README.md"
+
 SAME_ON_ALL_RANKS = ("grad_norm", "learning_rate")
 
 
@@ -52,11 +54,17 @@ def merge_sums(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: first[name] if name in SAME_ON_ALL_RANKS else sum(rank[name] for rank in per_rank) for name in first}
 
 
-def publish(run: Run, trainers: ActorGroup, folder: Path, info: CheckpointInfo) -> None:
+def publish(run: Run, trainers: ActorGroup, folder: Path, info: CheckpointInfo, card: str) -> None:
     """Save the model of all ranks as a verified checkpoint below the stage's `folder`."""
     writing = checkpoints.begin(folder / "checkpoints", info.step, int(run.attempt))
     files: list[FileRecord] = [file for rank in trainers.call("save", writing, timeout_s=SAVE_TIMEOUT_S) for file in rank]
-    run.published(checkpoints.publish(writing, files, info))
+    publish_files(run, writing, files, info, card)
+
+
+def publish_files(run: Run, writing: Path, files: Sequence[FileRecord], info: CheckpointInfo, card: str) -> None:
+    """Make what all ranks wrote into `writing`, with the model card `card`, a visible checkpoint."""
+    (writing / MODEL_CARD).write_text(card, encoding="utf-8")
+    run.published(checkpoints.publish(writing, [*files, checkpoints.on_disk(writing, MODEL_CARD)], info))
 
 
 def prune(run: Run, folder: Path, keep: int) -> None:

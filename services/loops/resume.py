@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sedsft.records import Example
+from sedsft.data.store import ExampleStore
 from services.checkpoints import (
     MANIFEST,
     CheckpointInfo,
@@ -17,6 +15,7 @@ from services.checkpoints import (
     newest_good,
     tokenizer_sha256,
     verify,
+    weights_sha256,
 )
 from services.errors import CheckpointInvalid
 from services.jobspec import SFTStage
@@ -24,27 +23,19 @@ from services.loops.ranks import spec_sha256
 from services.run import Run
 
 
-def identity_of(stage: SFTStage, model_path: Path, training: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
+def identity_of(stage: SFTStage, model_path: Path, training: ExampleStore, held_out: ExampleStore) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that goes on from it: settings, rows and tokenizer.
 
-    The settings include ranks, ZeRO stage and precision; when checkpoints are saved does not matter.
+    The settings include ranks, ZeRO stage and precision; when checkpoints are saved and who encodes the rows does not matter.
+    With adapters, the weights that they stand on count too, since the training state leaves them out.
     """
-    return {
-        "stage": stage.model_dump(mode="json", exclude={"sft": {"checkpoints", "resume_from"}}),
-        "data_sha256": _rows_sha256(training),
-        "held_out_sha256": _rows_sha256(held_out),
+    identity = {
+        "stage": stage.model_dump(mode="json", exclude={"sft": {"checkpoints", "encode_processes", "resume_from"}}),
+        "data_sha256": training.sha256,
+        "held_out_sha256": held_out.sha256,
         "tokenizer_sha256": tokenizer_sha256(model_path),
     }
-
-
-def _rows_sha256(examples: Sequence[Example]) -> str:
-    """Hash over tokens and loss masks of all rows, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example.input_ids_T).to_bytes(8, "little"))
-        digest.update(example.input_ids_T.astype("<i8").tobytes())
-        digest.update(example.trained_T.astype("u1").tobytes())
-    return digest.hexdigest()
+    return identity if stage.sft.lora is None else identity | {"model_sha256": weights_sha256(model_path)}
 
 
 def resume_point(run: Run, stage: SFTStage, identity: dict[str, Any]) -> tuple[Path, CheckpointInfo] | None:
@@ -60,7 +51,6 @@ def resume_point(run: Run, stage: SFTStage, identity: dict[str, Any]) -> tuple[P
         return None
     path, manifest = found
     check_identity(manifest, identity, path)
-    run.event("resumed", f"going on behind step {manifest.info.step} of {path}", path=str(path), step=manifest.info.step)
     return path, replace(manifest.info, spec_sha256=spec_sha256(run))
 
 

@@ -9,6 +9,7 @@ Shape suffixes: B rows, T positions, N = B * T flat positions, H hidden width, V
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import random
@@ -29,11 +30,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from sedsft.config import AdamWConfig, Precision
+from sedsft.config import AdamWConfig, LoRAConfig, Precision
 from sedsft.data.batching import MicroBatch
 from sedsft.data.chat import load_tokenizer
-from services.checkpoints import FileRecord, describe, state_file
-from services.errors import CheckpointInvalid, TrainingDiverged
+from services.checkpoints import FileRecord, is_state_file, on_disk, state_file
+from services.errors import CheckpointInvalid
+from services.training.adapters import ADAPTER_FOLDER, add_adapters, merged_state, save_adapters
+from services.training.attention import prepare_packing, row_options
 from services.training.model import LinearHead, linear_head, open_model
 from services.training.ranks import RankSetup
 from services.training.schedule import learning_rate
@@ -64,6 +67,20 @@ class EngineSetup:
     ranks: RankSetup
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    lora: LoRAConfig | None = None
+    """Train adapters and leave the model's own weights as they are."""
+    longest_row: int | None = None
+    """Tokens of the longest row where rows are packed."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of the state behind an optimizer step, as copies on CPU that training does not touch."""
+
+    weights: dict[str, torch.Tensor]
+    """All weights on rank 0, nothing elsewhere."""
+    trainer: dict[str, torch.Tensor]
+    """`TrainEngine.state_tensors`."""
 
 
 LossHead = Callable[[torch.Tensor, LinearHead, BatchT], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -85,12 +102,7 @@ class HeadedModel(nn.Module):
 
     def forward(self, batch: MicroBatch, head: Callable[..., Any]) -> Any:
         """Backbone, then `head(hidden_NH, LinearHead, batch)`."""
-        hidden_BTH = self.model.base_model(
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BTH = self.model.base_model(**batch.inputs, **row_options(self.model, batch)).last_hidden_state
         return head(hidden_BTH.flatten(0, 1), linear_head(self.model), batch)
 
 
@@ -108,6 +120,10 @@ class TrainEngine:
         _join(setup.ranks)
         self.device = torch.device("cuda", 0) if setup.ranks.gpu else torch.device("cpu")
         model = open_model(setup.model_path, torch.bfloat16 if setup.precision == "bf16" else torch.float32)
+        if setup.longest_row is not None:
+            prepare_packing(model, setup.longest_row)
+        if setup.lora is not None:
+            add_adapters(model, setup.lora, setup.seed)
         if setup.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         module = HeadedModel(model)
@@ -125,49 +141,46 @@ class TrainEngine:
             for parameter in self._parameters:
                 parameter.grad_dtype = torch.float32
 
-    def backward(self, batches: Sequence[BatchT], empty: BatchT, loss_head: LossHead[BatchT], step: int) -> dict[str, float]:
+    def backward(self, batches: Sequence[BatchT], empty: BatchT, loss_head: LossHead[BatchT]) -> dict[str, float]:
         """Accumulate the gradient of this rank's `batches` (any number, also none) and reduce it over ranks.
 
-        Returns this rank's totals of the sums that `loss_head` named.
-
-        Raises:
-            TrainingDiverged: on all ranks, when the loss of any of them is not finite.
+        Returns this rank's totals of the sums that `loss_head` named. A loss that is not finite makes the whole gradient NaN,
+        so that `step` skips it on all ranks.
         """
         self._engine.train()
         padded = self._even_out(batches, empty)
         sums: dict[str, torch.Tensor] = {}
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(padded):
             self._engine.set_gradient_accumulation_boundary(index == len(padded) - 1)
             loss, named = self._engine(batch.to(self.device), loss_head)
             # DeepSpeed divides the sum over ranks by their number.
-            self._engine.backward(loss * self.setup.ranks.world_size, scale_wrt_gas=False)
-            total += loss.detach()
+            factor = torch.where(loss.isfinite(), self.setup.ranks.world_size, math.nan)
+            self._engine.backward(loss * factor, scale_wrt_gas=False)
             for name, value in named.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
-        self._check_loss(total, step)
         return {name: float(value) for name, value in sums.items()}
 
     def step(self, step: int) -> tuple[float, float]:
         """Clip and update with the rate of optimizer step `step` (from 1). Returns (gradient norm before clipping, rate).
 
-        Raises:
-            TrainingDiverged: on all ranks, when the gradient norm is not finite; the weights are then unchanged.
+        A norm of NaN, on all ranks, says that the gradient was not finite: it is gone, and weights, masters, moments and step
+        counts are bit for bit what they were.
         """
         rate = learning_rate(self.setup.optimizer, step, self.setup.total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        norm = self._plain_norm() if self.setup.zero_stage == 0 else None
-        if norm is None or math.isfinite(norm):
+        if self.setup.zero_stage == 0:
+            norm = self._plain_norm()
+            if math.isfinite(norm):
+                self._engine.step()
+            else:
+                for parameter in self._parameters:
+                    parameter.grad = None
+        else:
+            # Changes nothing but to drop the gradient where its norm is not finite.
             self._engine.step()
-        if norm is None:
             norm = float(self._engine.get_global_grad_norm())
-        if not math.isfinite(norm) or norm < 0:
-            raise TrainingDiverged(
-                f"expected a finite gradient norm at optimizer step {step}, got {norm} at learning rate {rate:.3g}; "
-                "lower the learning rate or look at the rows of this step"
-            )
-        return norm, rate
+        return (norm if math.isfinite(norm) and norm >= 0 else math.nan), rate
 
     def statistics(self, batches: Sequence[MicroBatch], head: StatisticsHead) -> list[tuple[torch.Tensor, ...]]:
         """`head`'s tensors for each of this rank's `batches`, on CPU, without gradients and dropout."""
@@ -184,11 +197,23 @@ class TrainEngine:
 
         Rank 0 writes, hashes and returns the files; the other ranks return none.
         """
-        self._write_weights(folder)
-        if self.setup.ranks.rank:
-            return []
-        self._tokenizer.save_pretrained(folder)
-        return [describe(folder, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()]
+        weights = self._full_state()
+        return self._write_model(folder, weights) if self.setup.ranks.rank == 0 else []
+
+    def snapshot(self) -> Snapshot:
+        """What `write` needs, copied: the weights are gathered here, so that no later step waits for a writer."""
+        return Snapshot(self._full_state(), self.state_tensors())
+
+    def write(self, snapshot: Snapshot, folder: Path) -> list[FileRecord]:
+        """Write this rank's part of a checkpoint: by rank 0 the model folder, and trainer/rank-<i>.safetensors below it.
+
+        Returns the files with their hashes once they are on disk. Not collective; may run in a thread beside training.
+        """
+        rank = self.setup.ranks.rank
+        name = state_file(rank)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(snapshot.trainer, folder / name)
+        return [*(self._write_model(folder, snapshot.weights) if rank == 0 else []), on_disk(folder, name)]
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """This rank's optimizer state and random generators, as copies on CPU. Not collective."""
@@ -204,17 +229,8 @@ class TrainEngine:
         refresh_weights(self._engine.optimizer)
         load_random_tensors(tensors)
 
-    def save_state(self, folder: Path) -> list[FileRecord]:
-        """Write this rank's `state_tensors` as trainer/rank-<i>.safetensors below `folder`."""
-        # The files of the model are listed by then, so that none is listed by two ranks.
-        dist.barrier()
-        name = state_file(self.setup.ranks.rank)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_tensors(), folder / name)
-        return [describe(folder, name)]
-
     def load_state(self, folder: Path) -> None:
-        """Load what `save_state` wrote into `folder`, a verified checkpoint.
+        """Go back to the snapshot that `write` wrote into `folder`, a verified checkpoint.
 
         Raises:
             CheckpointInvalid: it holds no state for this rank, or that of another setting.
@@ -226,25 +242,47 @@ class TrainEngine:
 
     def export_weights(self, folder: Path) -> None:
         """Write weights and config only, for samplers that already have the tokenizer. Rank 0 writes."""
-        self._write_weights(folder)
-
-    def _write_weights(self, folder: Path) -> None:
-        state = self._full_state()
+        weights = self._full_state()
         if self.setup.ranks.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._model.save_pretrained(folder, state_dict=state)
+            self._save_weights(folder, weights)
         dist.barrier()
 
+    def close(self) -> None:
+        """Free the model and everything DeepSpeed made of it; the engine cannot be used any more. Not collective."""
+        self._engine.destroy()
+        del self._engine, self._model, self._optimizer, self._parameters
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> list[FileRecord]:
+        """The model folder alone, without the training state that other ranks write below it at the same time."""
+        if self.setup.lora is not None:
+            save_adapters(self._model, weights, folder / ADAPTER_FOLDER)
+        self._save_weights(folder, weights)
+        self._tokenizer.save_pretrained(folder)
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        return [on_disk(folder, name) for name in names if not is_state_file(name)]
+
+    def _save_weights(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Weights and config of the plain model that `weights`, with their adapters, make."""
+        state = weights if self.setup.lora is None else merged_state(self._model, weights)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._model.save_pretrained(folder, state_dict=state)
+
     def _full_state(self) -> dict[str, torch.Tensor]:
-        """All weights on rank 0, nothing elsewhere; under ZeRO-3 one parameter is gathered at a time."""
-        if self.setup.zero_stage < 3:
-            return dict(self._model.state_dict()) if self.setup.ranks.rank == 0 else {}
-        saved = self._model.state_dict().keys()
-        state = {name: buffer for name, buffer in self._model.named_buffers() if name in saved}
+        """Copies of all weights on the CPU of rank 0, nothing elsewhere; under ZeRO-3 one parameter is gathered at a time.
+
+        A weight that modules share comes once, under the first of its names.
+        """
+        state = {}
         for name, parameter in self._model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.setup.zero_stage == 3):
                 if self.setup.ranks.rank == 0:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        if self.setup.ranks.rank == 0:
+            saved = self._model.state_dict().keys()
+            state |= {name: b.to("cpu", copy=True) for name, b in self._model.named_buffers() if name in saved}
         return state
 
     def _even_out(self, batches: Sequence[BatchT], empty: BatchT) -> list[BatchT]:
@@ -252,15 +290,6 @@ class TrainEngine:
         count = torch.tensor(max(1, len(batches)), device=self.device)
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
         return [*batches, *[empty] * (int(count) - len(batches))]
-
-    def _check_loss(self, loss: torch.Tensor, step: int) -> None:
-        total = loss.clone()
-        dist.all_reduce(total)
-        if not torch.isfinite(total):
-            raise TrainingDiverged(
-                f"expected a finite loss at optimizer step {step}, got {float(total)}; lower the "
-                "learning rate or look at the rows of this step"
-            )
 
     def _plain_norm(self) -> float:
         """Norm of the reduced gradient where every rank holds all of it."""
@@ -278,7 +307,7 @@ def _adamw(module: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=config.betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=config.betas, fused=True)
 
 
 def _deepspeed_config(setup: EngineSetup, model: PreTrainedModel) -> dict[str, Any]:
@@ -295,7 +324,7 @@ def _deepspeed_config(setup: EngineSetup, model: PreTrainedModel) -> dict[str, A
         "zero_optimization": {
             "stage": setup.zero_stage,
             "overlap_comm": setup.ranks.gpu,
-            "reduce_bucket_size": min(_BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters())),
+            "reduce_bucket_size": min(_BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters() if p.requires_grad)),
             # Below this size gathering costs more than keeping: norms and biases stay whole.
             "stage3_param_persistence_threshold": 10 * model.config.get_text_config().hidden_size,
         },

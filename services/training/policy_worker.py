@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from sedsft.head import IGNORED_LABEL, HeadOutput, linear_objective_loss, token_
 from sedsft.objectives import PolicyObjective
 from sedsft.records import PolicyRow
 from services.checkpoints import FileRecord
+from services.errors import TrainingDiverged
 from services.training.messages import PolicySetup
 from services.training.model import LinearHead
 from services.training.ranks import rendezvous
@@ -69,7 +71,7 @@ class PolicyWorker:
         and `grad_norm` and `learning_rate`, equal on all ranks.
 
         Raises:
-            TrainingDiverged: loss or gradient norm is not finite; raised on all ranks.
+            TrainingDiverged: loss or gradient norm is not finite; raised on all ranks, with the weights unchanged.
         """
 
         def loss(
@@ -90,8 +92,14 @@ class PolicyWorker:
             return output.loss, _sums(output, old_log_prob_N, batch.labels_N)
 
         batches = policy_micro_batches(rows, self._config.micro_batch_size)
-        sums = self._engine.backward(batches, PolicyMicroBatch.empty(), loss, step)
+        sums = self._engine.backward(batches, PolicyMicroBatch.empty(), loss)
         grad_norm, rate = self._engine.step(step)
+        if not math.isfinite(grad_norm):
+            # Rewards and samples belong to the weights that drew them, so the loop has no step to leave out and go on.
+            raise TrainingDiverged(
+                f"expected a finite loss and gradient at optimizer step {step}, one of them was not on some rank (loss "
+                f"{sums['loss']} here) at learning rate {rate:.3g}; lower the learning rate or look at the rewards"
+            )
         return {**sums, "grad_norm": grad_norm, "learning_rate": rate}
 
     def log_probs(self, sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]]) -> list[npt.NDArray[np.float32]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,7 @@ class SFTWorker:
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def address(self) -> tuple[str, int]:
         """Address of this node and a free port, for rank 0 to be met at."""
@@ -42,7 +45,7 @@ class SFTWorker:
         # Here, because importing DeepSpeed fixes its accelerator, and whoever only names this class needs neither.
         from services.training.engine import EngineSetup, TrainEngine  # noqa: PLC0415
 
-        config = setup.config
+        self._setup, config = setup, setup.config
         self._config = config
         self._engine: TrainEngine = TrainEngine(
             EngineSetup(
@@ -54,11 +57,18 @@ class SFTWorker:
                 seed=config.seed,
                 ranks=setup.ranks,
                 gradient_checkpointing=config.gradient_checkpointing,
+                lora=config.lora,
+                longest_row=config.max_length if config.pack_tokens is not None else None,
             )
         )
 
+    def restart(self) -> None:
+        """Go back to the starting model and the state that `setup` left."""
+        self._engine.close()
+        self.setup(self._setup)
+
     def resume(self, folder: Path) -> None:
-        """Go back to the state that `save` wrote into `folder`, a verified checkpoint of the same number of ranks."""
+        """Go back to the state that `begin_save` wrote into `folder`, a verified checkpoint of the same number of ranks."""
         self._engine.load_state(folder)
 
     def mass_sketch(self, examples: Sequence[Example], top_k: int) -> MassSketch:
@@ -83,8 +93,8 @@ class SFTWorker:
         denominator), `entropy`, `target_prob`, `active` (diversity term applied) and `tokens`; and `grad_norm` and
         `learning_rate`, equal on all ranks. Second, where tau follows the model, the top-k masses of this rank's tokens.
 
-        Raises:
-            TrainingDiverged: loss or gradient norm is not finite; raised on all ranks.
+        A `grad_norm` of NaN says that a loss or a gradient was not finite on some rank and that the step was skipped on all of
+        them: the weights and all that moves them are unchanged, and there are no masses.
         """
         objective = self._config.objective
         follows = isinstance(objective, SEDObjective) and objective.mask and objective.tau_mode == "running"
@@ -106,8 +116,9 @@ class SFTWorker:
             return output.loss, _sums(output, batch.labels_N)
 
         batches = self._batches(examples)
-        sums = self._engine.backward(batches, MicroBatch.empty(), loss, step)
+        sums = self._engine.backward(batches, MicroBatch.empty(), loss)
         grad_norm, rate = self._engine.step(step)
+        follows = follows and math.isfinite(grad_norm)
         figures = {**sums, "extra": sums["loss"] - sums["ce"], "grad_norm": grad_norm, "learning_rate": rate}
         return figures, MassSketch.of(torch.cat(masses).cpu().numpy()) if follows else None
 
@@ -147,12 +158,20 @@ class SFTWorker:
             totals += [float(value_N.double().sum()) for value_N in flat]
         return dict(zip(("ce", "entropy", "active", "tokens"), map(float, totals), strict=True))
 
-    def save(self, folder: Path) -> list[FileRecord]:
-        """Write a model folder into `folder`, by rank 0, and this rank's training state below `trainer/`.
+    def begin_save(self, folder: Path) -> None:
+        """Copy the state of now, and begin to write it into `folder` in a thread; training may go on when this returns.
 
-        Returns the files that this rank wrote, with their hashes.
+        Rank 0 writes a model folder, and every rank its training state below `trainer/`.
         """
-        return self._engine.export_hf(folder) + self._engine.save_state(folder)
+        self._written = self._writer.submit(self._engine.write, self._engine.snapshot(), folder)
+
+    def saved(self, wait: bool) -> list[FileRecord] | None:
+        """The files that this rank wrote, with their hashes, since `begin_save`; None while it writes. Not collective.
+
+        Raises:
+            Exception: as raised in the writing thread, such as an OSError of a full disk.
+        """
+        return self._written.result() if wait or self._written.done() else None
 
     def _batches(self, examples: Sequence[Example]) -> list[MicroBatch]:
         if self._config.pack_tokens is not None:

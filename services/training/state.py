@@ -80,8 +80,7 @@ def load_optimizer_tensors(wrapper: Any, optimizer: torch.optim.Optimizer, tenso
         optimizer.state.pop(master, None)
         for name in _MOMENTS:
             if (value := tensors.get(f"{name}.{index}")) is not None:
-                # AdamW counts steps on the CPU and keeps moments beside the weights.
-                optimizer.state[master][name] = value.to("cpu" if name == "step" else master.device, copy=True)
+                optimizer.state[master][name] = value.to(master.device, copy=True)
 
 
 def random_tensors() -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from api.app import create_app
 from api.backends.base import Observation
 from api.settings import Settings
 from sedsft.tasks.tiny_model import countdown_model, countdown_tokenizer
+from services.checkpoints import CheckpointInfo, begin, on_disk, publish, state_file
 from services.rundir import Progress, Result, RunWriter, StatusReason
 
 Command = Callable[..., tuple[int, str, str]]
@@ -147,3 +148,35 @@ def test_explore_draws_a_page_without_the_service(monkeypatch: Any, tmp_path: Pa
         assert int(ended.value.code or 0) == code
         assert told in "".join(capfd.readouterr())
         assert page.exists() == (code == 0)
+
+
+@pytest.mark.slow
+def test_check_data_reports_without_the_service(monkeypatch: Any, tmp_path: Path, capfd: Any) -> None:
+    countdown_tokenizer().save_pretrained(tmp_path / "model")
+    row = {"prompt": "3 7>10", "completion": "7+3=10"}
+    sft = {"objective": {"type": "ce"}, "data": {"path": str(tmp_path / "rows.jsonl")}, "steps": 1}
+    (tmp_path / "spec.json").write_text(json.dumps({"type": "sft", "model": {"path": str(tmp_path / "model")}, "sft": sft}))
+    for last, code, told in ("", 0, "2 read = 2 kept + 0 skipped"), ("[]", 1, "line 3: not_an_object"):
+        (tmp_path / "rows.jsonl").write_text(2 * (json.dumps(row) + "\n") + last)
+        monkeypatch.setattr(sys, "argv", ["sedsft", "check-data", str(tmp_path / "spec.json"), "-o", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert int(ended.value.code or 0) == code
+        assert told in "".join(capfd.readouterr())
+        assert (tmp_path / "out" / "sft" / "data_report.html").exists()
+
+
+def test_export_copies_a_verified_model(monkeypatch: Any, tmp_path: Path, capfd: Any) -> None:
+    folder = begin(tmp_path, 3, attempt=1)
+    (folder / "trainer").mkdir()
+    names = ["config.json", state_file(0)]
+    for name in names:
+        (folder / name).write_text("{}")
+    checkpoint = publish(folder, [on_disk(folder, name) for name in names], CheckpointInfo("sft", 3, "0" * 64, 9)).path
+    for code, told in (0, "out: 1 files"), (1, "never replaces files"):
+        monkeypatch.setattr(sys, "argv", ["sedsft", "export", checkpoint, str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert int(ended.value.code or 0) == code
+        assert told in "".join(capfd.readouterr())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]

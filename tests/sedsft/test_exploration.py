@@ -224,6 +224,29 @@ def test_running_by_hand() -> None:
     assert (controller.tau, controller.drift) == (0.875, 0.375)
 
 
+def test_default_smoothing_follows_a_jump_at_once_and_more_of_it_does_not() -> None:
+    before, after = MassSketch.of([0.25] * 10), MassSketch.of([0.75] * 10)
+    quick = TauController(SEDObjective(tau_mode="running"), before)
+    slow = TauController(SEDObjective(tau_mode="running", tau_smoothing=0.9), before)
+    for controller in (quick, slow):
+        controller.observe(after)
+    # 10 of 10 + 3 tokens have 0.75, more than the share 0.7; with 0.9 it is 10 of 10 + 9.
+    assert quick.tau == 0.75
+    assert slow.tau == 0.25
+
+
+def test_lag_of_a_model_that_sharpens_steadily() -> None:
+    # All masses rise by one edge a step, so the last n steps weigh 1 - smoothing^n: the share 0.7 from n = 1, 2, 5, 12 on.
+    edges = EDGES_E[100:200]
+    for smoothing, lag in ((0.0, 1), (0.5, 2), (0.75, 5), (0.9, 12)):
+        objective = SEDObjective(tau_mode="running", tau_smoothing=smoothing)
+        controller = TauController(objective, MassSketch.of([edges[0]]))
+        for step in range(1, 90):
+            if step > 50:
+                assert controller.tau == edges[step - lag]
+            controller.observe(MassSketch.of([edges[step]]))
+
+
 def test_without_smoothing_only_the_last_step_counts() -> None:
     controller = TauController(SEDObjective(tau_mode="running", tau_smoothing=0.0), MassSketch.of([0.5]))
     controller.observe(MassSketch.of([0.25]))

@@ -341,16 +341,17 @@ def test_without_any_label_loss_and_gradients_are_zero(objective: TokenObjective
         assert (leaf.grad == 0).all()
 
 
-def test_upstream_gradient_scales_and_backward_may_be_repeated() -> None:
+def test_upstream_gradient_scales_and_a_second_backward_is_refused() -> None:
     problem = Problem.random(20, 4, 10)
     once, scaled = problem.leaves(), problem.leaves()
     problem.head(once, CEObjective()).loss.backward()
     loss = problem.head(scaled, CEObjective()).loss * -3
     loss.backward(retain_graph=True)
-    loss.backward()
     for leaf, expected in zip(scaled, once, strict=True):
         assert expected.grad is not None
-        torch.testing.assert_close(leaf.grad, expected.grad * -6, rtol=0, atol=1e-12)
+        torch.testing.assert_close(leaf.grad, expected.grad * -3, rtol=0, atol=1e-12)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_tied_embedding_collects_both_gradients() -> None:

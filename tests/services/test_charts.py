@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from services.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, figure, line_chart
+from services.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, bar_chart, figure, line_chart
 
 
 def test_corners_of_the_plot() -> None:
@@ -47,3 +47,13 @@ def test_constant_and_long_series() -> None:
 )
 def test_figures(value: float, text: str) -> None:
     assert figure(value) == text
+
+
+def test_bars_stand_side_by_side_on_the_axis_and_the_highest_fills_the_plot() -> None:
+    chart = bar_chart("Lengths", "", [(1, 5, 10), (6, 10, 0), (11, 15, 20)], "tokens")
+    third = (WIDTH - LEFT - RIGHT) / 3
+    assert [bar[0] for bar in chart.bars] == [pytest.approx(LEFT + i * third, abs=0.1) for i in range(3)]
+    assert [bar[3] for bar in chart.bars] == [(HEIGHT - TOP - BOTTOM) / 2, 0, HEIGHT - TOP - BOTTOM]
+    assert all(bar[1] + bar[3] == HEIGHT - BOTTOM for bar in chart.bars)
+    assert [bar[4] for bar in chart.bars] == ["1–5: 10", "6–10: 0", "11–15: 20"]
+    assert [label for _, label in bar_chart("x", "", [(3, 3, 1)], "").y_ticks] == ["0", "1"]

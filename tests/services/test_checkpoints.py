@@ -16,10 +16,15 @@ from services.checkpoints import (
     begin,
     check_identity,
     describe,
+    export,
     latest,
     newest_good,
+    on_disk,
     prune,
     publish,
+    remove,
+    state_file,
+    steps_below,
     tokenizer_sha256,
     verify,
 )
@@ -321,3 +326,39 @@ def test_other_settings_are_refused_with_a_diff(tmp_path: Path) -> None:
 def test_a_model_folder_and_its_checkpoint_have_the_same_tokenizer(tmp_path: Path) -> None:
     path = published(tmp_path)
     assert tokenizer_sha256(path) == verify(path).tokenizer_sha256
+
+
+def with_training_state(root: Path, step: int = 3) -> Path:
+    folder = begin(root, step, attempt=1)
+    files = write(folder)
+    (folder / state_file(0)).parent.mkdir()
+    (folder / state_file(0)).write_bytes(b"s" * 500)
+    return Path(publish(folder, [*files, on_disk(folder, state_file(0))], INFO).path)
+
+
+def test_an_export_is_the_model_alone(tmp_path: Path) -> None:
+    path, folder = with_training_state(tmp_path), tmp_path / "out" / "model"
+    assert export(path, folder) == sorted(CONTENT)
+    assert {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == CONTENT
+    with pytest.raises(FileExistsError, match="never replaces files"):
+        export(path, folder)
+
+
+def test_an_export_needs_no_training_state_and_no_broken_model(tmp_path: Path) -> None:
+    path, folder = with_training_state(tmp_path), tmp_path / "out" / "model"
+    flip(path / state_file(0))
+    assert len(export(path, folder)) == len(CONTENT)
+    flip(path / "model.safetensors")
+    with pytest.raises(CheckpointInvalid, match=r"model\.safetensors: expected sha256"):
+        export(path, tmp_path / "out" / "other")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model"]
+    with pytest.raises(CheckpointInvalid, match="it is missing"):
+        export(tmp_path, tmp_path / "out" / "other")
+
+
+def test_a_removed_checkpoint_is_gone_at_once(tmp_path: Path) -> None:
+    older, newer = published(tmp_path, 3), published(tmp_path, 4)
+    assert steps_below(tmp_path) == {3: older, 4: newer}
+    remove(newer)
+    assert steps_below(tmp_path) == {3: older}
+    assert published(tmp_path, 4) == newer

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sedsft.config import DataConfig
-from sedsft.data.chat import encode_sft
+from sedsft.data.encoding import encode_sft
 from sedsft.data.sources import read_sft_rows
 from sedsft.exploration import MassSketch
 from sedsft.tasks.demo import write_data

@@ -78,6 +78,39 @@ def test_paths_become_absolute_and_nothing_else_changes(root: Path) -> None:
     assert JOB_SPEC.validate_json(resolved.model_dump_json(exclude_unset=True)) == resolved
 
 
+def test_hub_names_are_refused_unless_the_operator_allows_them(root: Path) -> None:
+    found = problems(job(sft={"data": {"path": "hf://team/words"}}), root)
+    assert set(found) == {"/sft/data/path"}
+    assert "'hf://team/words', which this service may not download; copy the files there" in found["/sft/data/path"]
+    assert "SEDSFT_ALLOW_HUB=true" in found["/sft/data/path"]
+    found = problems(job(sft={"data": {"path": "hf://words"}}), root)
+    assert found == {"/sft/data/path": "expected hf://owner/name[@revision][/path or pattern], got 'hf://words'"}
+
+
+def test_a_hub_name_becomes_the_path_of_its_commit_and_is_fetched_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services import preflight
+
+    commit, asked = "0" * 40, []
+
+    def fetch(name: object, home: Path) -> Path:
+        asked.append(str(name))
+        folder = home / "hub" / "team" / "words" / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.jsonl").write_text('{"prompt": "1+1", "completion": "2"}\n')
+        return folder / "rows.jsonl"
+
+    monkeypatch.setattr(preflight, "fetch", fetch)
+    source = {"path": "hf://team/words/rows.jsonl"}
+    home = tmp_path / "home"
+    resolved = resolve(job(sft={"data": source, "held_out": source}), [root], home)
+    assert asked == ["hf://team/words/rows.jsonl"]
+    assert isinstance(resolved, SFTStage)
+    assert resolved.sft.data.path == str(home / "hub" / "team" / "words" / commit / "rows.jsonl")
+    assert resolve(resolved, [root], home) == resolved
+
+
 def test_all_problems_at_once_with_their_pointers(root: Path) -> None:
     (root / "sft.jsonl").write_text("{\n")
     (root / "rl.jsonl").unlink()

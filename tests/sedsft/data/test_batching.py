@@ -35,12 +35,10 @@ def test_examples_are_padded_on_the_right_and_labels_shifted() -> None:
     [batch] = sft_micro_batches([short, long], micro_batch_size=2)
     assert batch.rows == (1, 0)  # longest first
     assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
-    assert batch.attention_mask_BT is not None
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
+    assert batch.inputs.keys() == {"input_ids", "use_cache"}
     assert batch.labels_BT.tolist() == [[2, IGNORED, 4, IGNORED], [IGNORED, 7, IGNORED, IGNORED]]
     assert batch.labels_N.shape == (8,)
-    assert {t.dtype for t in (batch.input_ids_BT, batch.labels_BT, batch.attention_mask_BT)} == {torch.int64}
+    assert {t.dtype for t in (batch.input_ids_BT, batch.labels_BT)} == {torch.int64}
 
 
 def test_rows_of_like_length_share_a_batch() -> None:
@@ -83,8 +81,6 @@ def test_an_empty_batch_has_a_token_but_no_label(kind: type[MicroBatch]) -> None
     batch = kind.empty()
     assert batch.rows == ()
     assert batch.input_ids_BT.shape == (1, 1)
-    assert batch.attention_mask_BT is not None
-    assert batch.attention_mask_BT.tolist() == [[1]]
     assert batch.labels_N.tolist() == [IGNORED]
     assert labelled_values(batch, torch.ones(1)) == []
 
@@ -100,13 +96,13 @@ def test_packed_rows_stand_end_to_end_and_no_label_crosses_a_border() -> None:
     rows = [example([5, 6, 7], [1, 0, 1]), example([1, 2, 3, 4], [1, 1, 0, 1]), example([9], [1])]
     [batch] = packed_micro_batches(rows, pack_tokens=8)
     assert batch.rows == (1, 0, 2)
-    assert batch.attention_mask_BT is None
+    assert batch.row_lengths == (4, 3, 1)
     assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4, 5, 6, 7, 9]]
-    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
     assert batch.labels_BT.tolist() == [[2, IGNORED, 4, IGNORED, IGNORED, 7, IGNORED, IGNORED]]
-    assert {t.dtype for t in (batch.input_ids_BT, batch.position_ids_BT, batch.labels_BT)} == {torch.int64}
+    assert {t.dtype for t in (batch.input_ids_BT, batch.inputs["position_ids"], batch.labels_BT)} == {torch.int64}
     assert [v.tolist() for v in labelled_values(batch, torch.arange(8))] == [[0, 2], [5], []]
-    assert batch.to(torch.device("cpu")).attention_mask_BT is None
+    assert batch.to(torch.device("meta")).row_lengths == (4, 3, 1)
 
 
 def test_each_row_goes_where_it_fits_best() -> None:
@@ -168,15 +164,14 @@ def test_packed_rows_have_the_log_probs_of_single_rows(attention: str) -> None:
 
 
 def hidden_states(model: LlamaForCausalLM, batch: MicroBatch) -> torch.Tensor:
-    inputs = (batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT)
-    return model.model(*inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    return model.model(**batch.inputs).last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
 def test_rows_that_see_each_other_would_be_noticed() -> None:
     model = countdown_model(0, 0.2)
     batch = packed_micro_batches(MIXED_ROWS, 64)[0]
-    leaking = replace(batch, attention_mask_BT=torch.ones_like(batch.labels_BT))
+    leaking = replace(batch, row_lengths=None)
     assert float((hidden_states(model, leaking) - hidden_states(model, batch)).abs().max()) > 0.1
 
 

@@ -1,5 +1,6 @@
 """Masks by hand: the assistant's tokens and its end token, nothing else, whichever way they are found."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from sedsft.data import DataRowsError, TokenizerError
-from sedsft.data.chat import encode_prompts, encode_sft, load_tokenizer
+from sedsft.data import BadRow, DataRowsError, TokenizerError
+from sedsft.data.chat import encode_prompts, load_tokenizer
+from sedsft.data.encoding import encode_sft
 from sedsft.records import Row
 from sedsft.tasks.tiny_model import countdown_tokenizer
 
@@ -46,6 +48,10 @@ def row(*contents: str, line: int = 1, system: str | None = None) -> Row:
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     head = [{"role": "system", "content": system}] if system else []
     return Row((*head, *turns), None, line)
+
+
+def lines(rows: Sequence[BadRow]) -> tuple[int, ...]:
+    return tuple(row.line for row in rows)
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, CHATML_WITH_BLOCKS], ids=["prefixes", "blocks"])
@@ -107,7 +113,7 @@ def test_rows_that_would_be_cut_are_listed_or_dropped() -> None:
     with pytest.raises(DataRowsError, match="\n  line 2: 26 tokens, of which"):
         encode_sft(rows, tokenizer, 25, "error")
     encoded = encode_sft(rows, tokenizer, 25, "drop")
-    assert ([e.line for e in encoded.examples], encoded.dropped, encoded.cut) == ([1], (2,), ())
+    assert ([e.line for e in encoded.examples], lines(encoded.dropped), lines(encoded.cut)) == ([1], (2,), ())
     with pytest.raises(DataRowsError, match="got 2 bad rows"):
         encode_sft(rows, tokenizer, 10, "drop")
 
@@ -116,9 +122,9 @@ def test_long_rows_are_cut_behind_their_last_trained_token() -> None:
     tokenizer = countdown_tokenizer()
     rows = [row("3 7 2>8", "7+3=10,10-2=8"), row("3 7 2 5>24", "7*3=21,5-2=3,21+3=24", line=2)]
     whole = encode_sft(rows, tokenizer, 26, "cut")
-    assert ([len(e.input_ids_T) for e in whole.examples], whole.dropped, whole.cut) == ([19, 26], (), ())
+    assert ([len(e.input_ids_T) for e in whole.examples], lines(whole.dropped), lines(whole.cut)) == ([19, 26], (), ())
     encoded = encode_sft(rows, tokenizer, 20, "cut")
-    assert ([len(e.input_ids_T) for e in encoded.examples], encoded.dropped, encoded.cut) == ([19, 20], (), (2,))
+    assert ([len(e.input_ids_T) for e in encoded.examples], lines(encoded.dropped), lines(encoded.cut)) == ([19, 20], (), (2,))
     assert encoded.examples[1].input_ids_T.tolist() == whole.examples[1].input_ids_T[:20].tolist()
     assert encoded.examples[1].trained_T.tolist() == whole.examples[1].trained_T[:20].tolist()
 
@@ -129,7 +135,7 @@ def test_a_cut_inside_a_later_question_ends_the_row_with_the_answer_before() -> 
     start = len(encode_sft([row("q", "a")], tokenizer, 200, "error").examples[0].input_ids_T)
     encoded = encode_sft([talk], tokenizer, start + 5, "cut")
     [example] = encoded.examples
-    assert (len(example.input_ids_T), encoded.cut) == (start, (1,))
+    assert (len(example.input_ids_T), lines(encoded.cut)) == (start, (1,))
     assert tokenizer.decode(example.input_ids_T[example.trained_T].tolist()) == "a<|im_end|>"
 
 
@@ -138,7 +144,7 @@ def test_rows_that_a_cut_leaves_without_trained_token_are_dropped() -> None:
     rows = [row("3 7 2>8", "7+3=10,10-2=8"), row("3 7 2 5>24", "7*3=21,5-2=3,21+3=24", line=2)]
     # The prompts have 7 and 8 tokens.
     encoded = encode_sft(rows, tokenizer, 8, "cut")
-    assert ([(e.line, int(e.trained_T.sum())) for e in encoded.examples], encoded.dropped, encoded.cut) == (
+    assert ([(e.line, int(e.trained_T.sum())) for e in encoded.examples], lines(encoded.dropped), lines(encoded.cut)) == (
         [(1, 1)],
         (2,),
         (1,),

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedsft.data import DataFileError
-from sedsft.data.files import find_files, read_values, split_pattern
+from sedsft.data import DataFileError, files
+from sedsft.data.files import count_rows, find_files, read_values, split_pattern
 from sedsft.data.values import Malformed
 
 ROWS = [{"a": index, "b": "ä\n" * index} for index in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+LIST = json.dumps(ROWS).encode()
 
 
 def zst(content: bytes) -> bytes:
@@ -116,7 +117,7 @@ def test_patterns_that_match_no_data_file(tmp_path: Path, pattern: str, said: st
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.jsonl.gz", gzip.compress(LINES)[:-9], "expected a readable file"),
+        ("x.jsonl.gz", gzip.compress(LINES)[:-9], "whose rows end behind line "),
         ("x.jsonl.gz", LINES, "expected a readable file"),
         ("x.jsonl.zst", zst(LINES)[:-9], "expected a readable file"),
         ("x.jsonl.zst", LINES, "expected a readable file"),
@@ -151,6 +152,29 @@ _VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
+
+
+def test_a_list_that_is_too_large_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("x.json", LIST), ("x.json.gz", gzip.compress(LIST)), ("x.json.zst", zst(LIST))):
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr(files, "_MAX_JSON_BYTES", len(LIST))
+        assert len(list(read_values(str(tmp_path / name), None))) == 5
+        monkeypatch.setattr(files, "_MAX_JSON_BYTES", len(LIST) - 1)
+        with pytest.raises(
+            DataFileError, match=rf"{name}, since it is held in memory as a whole, got more; convert it to .jsonl"
+        ):
+            list(read_values(str(tmp_path / name), None))
+
+
+def test_rows_are_counted_where_the_files_tell(tmp_path: Path) -> None:
+    for name, rows in (("a.parquet", 7), ("b.parquet", 4)):
+        pq.write_table(pa.table({"a": range(rows)}), tmp_path / name)
+    assert [count_rows(str(tmp_path), most) for most in (None, 5, 20)] == [11, 5, 11]
+    (tmp_path / "b.parquet").write_bytes(b"damaged")
+    assert count_rows(str(tmp_path), None) is None
+    (tmp_path / "b.parquet").unlink()
+    (tmp_path / "c.jsonl").write_bytes(LINES)
+    assert count_rows(str(tmp_path), None) is None
 
 
 @settings(deadline=None, max_examples=50)

@@ -41,7 +41,7 @@ def on_device(function):  # type: ignore[no-untyped-def]
 @pytest.fixture(autouse=True)
 def triton_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(vocabulary, "row_kernel", lambda hidden_NH: rows)
+        monkeypatch.setattr(vocabulary, "row_kernel", lambda hidden_NH, vocab: rows)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")

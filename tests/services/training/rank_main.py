@@ -9,8 +9,11 @@ The plan: {"port", "world_size", "cases": [a `Case` as a dictionary, ...]}. Each
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,12 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-from sedsft.config import AdamWConfig, DataConfig, GRPOConfig, SEDObjective, SFTConfig
+from sedsft.config import AdamWConfig, DataConfig, GRPOConfig, LoRAConfig, SEDObjective, SFTConfig
 from sedsft.data.batching import MicroBatch
 from sedsft.data.order import RowOrder
 from sedsft.head import linear_objective_loss
 from sedsft.records import Example, PolicyRow
+from services.checkpoints import FileRecord
 from services.errors import TrainingDiverged
 from services.training.messages import PolicySetup, SFTSetup
 from services.training.policy_worker import PolicyWorker
@@ -38,7 +42,7 @@ TEMPERATURE = 0.8
 
 @dataclass(frozen=True)
 class Case:
-    """What to run. `poison_rank`: the gradient of the last parameter becomes infinite there, the loss stays finite."""
+    """What to run."""
 
     name: str
     model: str
@@ -49,8 +53,8 @@ class Case:
     pack_tokens: int | None = None
     steps: int = 3
     rows: int = 7
-    poison_rank: int | None = None
     gradient_checkpointing: bool = False
+    lora: dict[str, Any] | None = None
 
 
 def examples(count: int) -> list[Example]:
@@ -85,10 +89,18 @@ def start_sft(case: Case, ranks: RankSetup) -> SFTWorker:
         max_length=12,
         precision=case.precision,
         gradient_checkpointing=case.gradient_checkpointing,
+        lora=None if case.lora is None else LoRAConfig(**case.lora),
     )
     worker = SFTWorker(ranks.rank)
     worker.setup(SFTSetup(ranks, case.model, config, case.zero_stage, case.steps))
     return worker
+
+
+def save(worker: SFTWorker, folder: Path) -> list[FileRecord]:
+    worker.begin_save(folder)
+    files = worker.saved(wait=True)
+    assert files is not None
+    return files
 
 
 def run_sft(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
@@ -97,18 +109,11 @@ def run_sft(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
     denominator = int(sum(e.trained_T.sum() for e in rows))
     shard = rows[ranks.rank :: ranks.world_size]
     record: dict[str, Any] = {"masses": worker.mass_sketch(shard, 2).to_json(), "steps": []}
-    if case.poison_rank == ranks.rank:
-        list(worker._engine._parameters)[-1].register_hook(lambda gradient: gradient * float("inf"))
-    try:
-        for step in range(1, case.steps + 1):
-            record["steps"].append(worker.train_step(shard, denominator, TAU, step)[0])
-    except TrainingDiverged as error:
-        record["diverged"] = error.message
-        record["masses_after"] = worker.mass_sketch(shard, 2).to_json()
-        return record
+    for step in range(1, case.steps + 1):
+        record["steps"].append(worker.train_step(shard, denominator, TAU, step)[0])
     inspected = worker.inspect(shard, TAU, 2)
     record["inspected"] = [(row.probability, row.active) for row in inspected]
-    record["files"] = [file.name for file in worker.save(folder / case.name)]
+    record["files"] = [file.name for file in save(worker, folder / case.name)]
     return record
 
 
@@ -125,9 +130,10 @@ def run_gradients(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
         return output.loss, {"loss": output.loss_N.sum()}
 
     batches = worker._batches(rows[ranks.rank :: ranks.world_size])
-    record = worker._engine.backward(batches, MicroBatch.empty(), loss, 1)
+    record = worker._engine.backward(batches, MicroBatch.empty(), loss)
     # Reading a gradient is a collective under ZeRO, so every rank reads all of them.
-    gradients = {name: safe_get_full_grad(p).float().clone() for name, p in worker._engine._model.named_parameters()}
+    trained = {name: p for name, p in worker._engine._model.named_parameters() if p.requires_grad}
+    gradients = {name: safe_get_full_grad(p).float().clone() for name, p in trained.items()}
     if ranks.rank == 0:
         save_file(gradients, folder / f"{case.name}.safetensors")
     return {**record, "micro_batches": len(batches)}
@@ -148,7 +154,7 @@ def run_resume(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
             denominator = int(sum(example.trained_T[1:].sum() for example in batch))
             worker.train_step(batch[ranks.rank :: ranks.world_size], denominator, TAU, step)
             if done == 0:
-                worker.save(folder / case.name / str(step))
+                save(worker, folder / case.name / str(step))
 
     train(start_sft(case, ranks), 0, case.steps)
     compared = []
@@ -157,12 +163,58 @@ def run_resume(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
         random.seed(done)
         np.random.seed(done)
         worker.resume(folder / case.name / str(done))
-        worker.save(folder / case.name / f"loaded-{done}")
+        save(worker, folder / case.name / f"loaded-{done}")
         end = case.steps if done % 4 == 1 else min(done + 1, case.steps)
         train(worker, done, end)
-        worker.save(folder / case.name / f"from-{done}")
+        save(worker, folder / case.name / f"from-{done}")
         compared += [(f"loaded-{done}", str(done)), (f"from-{done}", str(end))]
     return {"compared": compared}
+
+
+@contextmanager
+def poisoned(worker: SFTWorker, what: str, here: bool) -> Iterator[None]:
+    """On the one rank where it is `here`, the loss of the second micro-batch is NaN, or a gradient is infinite."""
+    hooks: list[Any] = []
+    passes = iter(range(99))
+    if here and what == "loss":
+        norm = worker._engine._model.model.norm
+        hooks.append(norm.register_forward_hook(lambda *args: args[-1] * (math.nan if next(passes) == 1 else 1.0)))
+    elif here:
+        hooks.append(worker._engine._parameters[-1].register_hook(lambda gradient: gradient * math.inf))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def run_skip(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    """Steps 1 to 4, of which 2 and 3 are poisoned; then, from its step 1 and from the start, what 1 and 4 alone give."""
+    worker, rows = start_sft(case, ranks), examples(case.rows)
+    denominator = int(sum(e.trained_T.sum() for e in rows))
+    shard = rows[ranks.rank :: ranks.world_size]
+
+    def train(*steps: int) -> float:
+        return [worker.train_step(shard, denominator, TAU, step)[0]["grad_norm"] for step in steps][-1]
+
+    record: dict[str, Any] = {"norms": [train(1)]}
+    save(worker, folder / case.name / "one")
+    for step, what, rank in ((2, "loss", 1), (3, "gradient", 0)):
+        with poisoned(worker, what, ranks.rank == rank):
+            record["norms"].append(train(step))
+        save(worker, folder / case.name / what)
+    record["norms"].append(train(4))
+    save(worker, folder / case.name / "skipped")
+    worker.resume(folder / case.name / "one")
+    train(4)
+    save(worker, folder / case.name / "resumed")
+    with poisoned(worker, "loss", ranks.rank == 0):
+        train(4)
+    worker.restart()
+    train(1, 4)
+    save(worker, folder / case.name / "restarted")
+    worker = start_sft(case, ranks)
+    train(1, 4)
+    save(worker, folder / case.name / "clean")
+    return record
 
 
 def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
@@ -182,6 +234,11 @@ def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
     pairs = [(row.prompt_ids_T, row.response_ids_R) for row in shard]
     record: dict[str, Any] = {"log_probs": [values.tolist() for values in worker.log_probs(pairs)]}
     record["steps"] = [worker.update(shard, denominator, step) for step in range(1, case.steps + 1)]
+    broken = [replace(row, advantage=math.nan) for row in shard] if ranks.rank == 1 else shard
+    try:
+        worker.update(broken, denominator, case.steps)
+    except TrainingDiverged as error:
+        record["diverged"] = error.message
     worker.export_weights(folder / case.name)
     record["log_probs_after"] = [values.tolist() for values in worker.log_probs(pairs)]
     return record
@@ -190,7 +247,7 @@ def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
 def main(folder: Path, rank: int) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     ranks = RankSetup(rank, plan["world_size"], "127.0.0.1", plan["port"])
-    run = {"sft": run_sft, "gradients": run_gradients, "resume": run_resume, "policy": run_policy}
+    run = {"sft": run_sft, "gradients": run_gradients, "resume": run_resume, "skip": run_skip, "policy": run_policy}
     for case in (Case(**values) for values in plan["cases"]):
         torch.manual_seed(0)
         record = run[case.kind](case, ranks, folder)

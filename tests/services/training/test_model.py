@@ -12,6 +12,7 @@ from transformers import (
     GraniteConfig,
     HyperCLOVAXConfig,
     LlamaConfig,
+    MambaConfig,
     PreTrainedConfig,
 )
 
@@ -71,4 +72,10 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
+        open_model(path, torch.float32)
+
+
+def test_a_model_without_attention_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, MambaConfig(vocab_size=72, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ModelError, match="scaled_dot_product_attention"):
         open_model(path, torch.float32)

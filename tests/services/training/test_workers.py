@@ -68,7 +68,8 @@ def test_fine_tuning_learns_and_publishes(cluster: None, tmp_path: Path) -> None
             assert sum(rank["extra"] for rank in found) == 0
         assert losses[-1] < 0.2 * losses[0]
         writing = checkpoints.begin(tmp_path / "checkpoints", 8, attempt=1)
-        files = [file for rank in group.call("save", writing, timeout_s=TIMEOUT_S) for file in rank]
+        group.call("begin_save", writing, timeout_s=TIMEOUT_S)
+        files = [file for rank in group.call("saved", True, timeout_s=TIMEOUT_S) for file in rank]
         record = checkpoints.publish(writing, files, CheckpointInfo("sft", 8, "0" * 64, consumed_samples=40))
     checkpoints.verify(Path(record.path))
     AutoModelForCausalLM.from_pretrained(record.path)
