@@ -1,17 +1,19 @@
 """Tokens per second and peak memory of SFT, this project's CE and SED beside TRL's SFTTrainer, alternating in one run.
 
-    python benchmarks/bench_sft.py --model MODEL_FOLDER --data GSM8K.jsonl [--rows 16 --steps 3 --rounds 2 --threads 2]
+    python benchmarks/bench_sft.py [--model FOLDER --data GSM8K.jsonl --rows 16 --steps 2 --rounds 2 --threads 2]
 
 All variants see the same rows with the same chat template and loss mask, `--rows` per optimizer step, in passes of 4 padded
-rows or of up to 1,024 packed tokens; a variant is a process of its own, and its first step is not timed. This project trains
-a bf16 copy of fp32 weights. TRL runs as it ships: autocast to bf16 over fp32 weights with recomputed activations; and once
-more with them kept, so that neither side profits from the other's defaults. Tokens are those of rows, never padding.
-Needs requirements/bench.txt. Writes benchmarks/bench_sft.json.
+rows or of up to 1,024 packed tokens, with activations recomputed in the backward pass and bf16 arithmetic over fp32 weights.
+That is how TRL runs as it ships. `kept` variants keep activations. A variant is a process of its own, and its first step is
+not timed. Tokens are those of rows, never padding. Needs requirements/bench.txt and what examples/prepare_smollm2.py makes.
+Writes bench_sft.json beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,7 +31,8 @@ import torch
 from bench_head import processor
 
 from sedsft.config import CEObjective, DataConfig, SEDObjective, SFTConfig
-from sedsft.data.chat import encode_sft, load_tokenizer
+from sedsft.data.chat import load_tokenizer
+from sedsft.data.encoding import encode_sft
 from sedsft.data.sources import read_sft_rows
 from sedsft.records import Example
 
@@ -58,7 +61,7 @@ def read_examples(options: argparse.Namespace) -> Sequence[Example]:
     return encode_sft(read.rows, load_tokenizer(str(options.model)), MAX_LENGTH, "error").examples
 
 
-def ours(objective: str, packed: bool, recompute: bool, options: argparse.Namespace) -> Measured:
+def ours(objective: str, options: argparse.Namespace, *, packed: bool, recompute: bool) -> Measured:
     """One trainer rank, driven as the SFT loop drives it."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     from services.training.messages import SFTSetup  # noqa: PLC0415
@@ -95,7 +98,7 @@ def ours(objective: str, packed: bool, recompute: bool, options: argparse.Namesp
     return Measured(tokens / sum(seconds), statistics.median(seconds), peak_mb(), base_mb, loss)
 
 
-def trl(packed: bool, recompute: bool, options: argparse.Namespace) -> Measured:
+def trl(options: argparse.Namespace, *, packed: bool, recompute: bool) -> Measured:
     """TRL's trainer on the same rows, already tokenised and masked."""
     import trl  # noqa: PLC0415
     from datasets import Dataset  # noqa: PLC0415
@@ -137,24 +140,22 @@ def trl(packed: bool, recompute: bool, options: argparse.Namespace) -> Measured:
             callbacks=[Clock()],
         )
         trainer.train()
-    step_s = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    step_s = [end - start for start, end in itertools.pairwise(ends)]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = trainer.state.num_input_tokens_seen
-    print("TRL", step_s, losses, tokens, len(trainer.train_dataset))
     return Measured(tokens_per_step * len(step_s) / sum(step_s), statistics.median(step_s), peak_mb(), base_mb, losses[-1])
 
 
 VARIANTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
-    "TRL, CE, padded": lambda options: trl(False, True, options),
-    "TRL, CE, padded, kept": lambda options: trl(False, False, options),
-    "ours, CE, padded": lambda options: ours("ce", False, False, options),
-    "ours, SED, padded": lambda options: ours("sed", False, False, options),
-    "TRL, CE, packed": lambda options: trl(True, True, options),
-    "TRL, CE, packed, kept": lambda options: trl(True, False, options),
-    "ours, CE, packed": lambda options: ours("ce", True, False, options),
-    "ours, SED, packed": lambda options: ours("sed", True, False, options),
-    "ours, CE, padded, recomputed": lambda options: ours("ce", False, True, options),
-    "ours, CE, packed, recomputed": lambda options: ours("ce", True, True, options),
+    f"{name}, {'packed' if packed else 'padded'}{'' if recompute else ', kept'}": functools.partial(
+        measure, packed=packed, recompute=recompute
+    )
+    for recompute in (True, False)
+    for packed in (False, True)
+    for name, measure in {
+        "TRL, CE": trl,
+        "ours, CE": functools.partial(ours, "ce"),
+        "ours, SED": functools.partial(ours, "sed"),
+    }.items()
 }
 
 
@@ -185,17 +186,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(".cache/smollm2/model"))
     parser.add_argument("--data", type=Path, default=Path(".cache/smollm2/data/gsm8k_train.jsonl"))
-    for option, default in (("rows", 16), ("steps", 3), ("rounds", 2), ("threads", 2), ("zero-stage", 1)):
+    for option, default in (("rows", 16), ("steps", 2), ("rounds", 2), ("threads", 2), ("zero-stage", 2)):
         parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--kept", action="store_true", help="also with activations kept")
     options = parser.parse_args()
-    taken: dict[str, list[Measured]] = {name: [] for name in options.only}
+    names = [name for name in VARIANTS if options.kept or not name.endswith("kept")]
+    taken: dict[str, list[Measured]] = {name: [] for name in names}
     for _ in range(options.rounds):
-        for name in options.only:
+        for name in names:
             taken[name].append(run(name, options))
-            print(name, asdict(taken[name][-1]), flush=True)
+            print(f"{name:25} {taken[name][-1].tokens_per_s:6.1f} tokens/s {taken[name][-1].peak_mb:6.0f} MB", flush=True)
+    rows = []
+    for name, measured in taken.items():
+        peer = taken["TRL, CE" + name.partition("CE" if "CE" in name else "SED")[2]]
+        speed, peak = max(m.tokens_per_s for m in measured), min(m.peak_mb for m in measured)
+        row = {"variant": name, "tokens_per_s": speed, "peak_mb": peak, "base_mb": measured[0].base_mb}
+        row["of_trl_speed"] = speed / max(m.tokens_per_s for m in peer)
+        row["of_trl_peak"] = peak / min(m.peak_mb for m in peer)
+        rows.append(row | {"rounds": [asdict(m) for m in measured]})
+        print(f"{name:25} {speed:6.1f} tokens/s {row['of_trl_speed']:5.2f}x  {peak:6.0f} MB {row['of_trl_peak']:5.2f}x")
     machine = {"processor": processor(), "torch": torch.__version__, "rows": options.rows, "threads": options.threads}
-    print(json.dumps(machine))
+    Path(__file__).with_suffix(".json").write_text(
+        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

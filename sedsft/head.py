@@ -23,6 +23,10 @@ from sedsft.vocabulary import IGNORED_LABEL, Chunk, LinearHead, scan_chunks, sca
 __all__ = ["IGNORED_LABEL", "HeadOutput", "linear_objective_loss", "token_statistics"]
 
 
+_BLOCK_ROWS = 8192
+"""Rows of the weight whose gradient is taken in bf16 at once before it is added in fp32."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadOutput(TokenStatistics):
     """The loss and, per token and without gradient, what it is made of; ignored tokens hold zeros."""
@@ -167,8 +171,10 @@ class _Gradients:
             return
         if self.weight_VH.dtype == dproduct_CV.dtype:
             self.weight_VH.addmm_(dproduct_CV.T, chunk.hidden_CH)
-        else:
-            self.weight_VH.add_(dproduct_CV.T @ chunk.hidden_CH)
+            return
+        for block in range(0, len(self.weight_VH), _BLOCK_ROWS):
+            rows = slice(block, block + _BLOCK_ROWS)
+            self.weight_VH[rows].add_(dproduct_CV[:, rows].T @ chunk.hidden_CH)
 
 
 def _forward(

@@ -57,8 +57,8 @@ class MicroBatch:
 
         A rank that has run out of rows computes it so that its collectives match those of the other ranks.
         """
-        tensors = {f.name: torch.zeros(1, 1) for f in fields(cls) if f.name.endswith("_BT")}
         ids_BT = torch.zeros(1, 1, dtype=torch.long)
+        tensors: dict[str, Any] = {f.name: torch.zeros(1, 1) for f in fields(cls) if f.name.endswith("_BT")}
         return cls(rows=(), **{**tensors, "input_ids_BT": ids_BT, "labels_BT": ids_BT + IGNORED_LABEL})
 
 

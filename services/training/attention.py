@@ -37,7 +37,7 @@ def packed_attention(
     if row_lengths is None or len(row_lengths) == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     lengths = list(row_lengths)
-    rows = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+    rows = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *row, attention_mask, **options)[0] for row in rows], dim=1), None
 
 

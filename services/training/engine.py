@@ -37,6 +37,7 @@ from services.checkpoints import FileRecord, is_state_file, on_disk, state_file
 from services.errors import CheckpointInvalid
 from services.training.adapters import ADAPTER_FOLDER, add_adapters, merged_state, save_adapters
 from services.training.attention import prepare_packing, row_options
+from services.training.host_memory import release_free_memory
 from services.training.model import LinearHead, linear_head, open_model
 from services.training.ranks import RankSetup
 from services.training.schedule import learning_rate
@@ -49,7 +50,10 @@ from services.training.state import (
 )
 
 COLLECTIVE_TIMEOUT_S = 1800
-_BUCKET_ELEMENTS = 50_000_000
+_BUCKET_ELEMENTS = {"cuda": 50_000_000, "cpu": 5_000_000}
+"""Gradient elements that are reduced at once, which takes a copy of them in fp32."""
+_GROUP_ELEMENTS = 2**25
+"""Elements of a parameter group."""
 
 BatchT = TypeVar("BatchT", bound=MicroBatch)
 
@@ -158,6 +162,7 @@ class TrainEngine:
             self._engine.backward(loss * factor, scale_wrt_gas=False)
             for name, value in named.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
+        release_free_memory()
         return {name: float(value) for name, value in sums.items()}
 
     def step(self, step: int) -> tuple[float, float]:
@@ -180,6 +185,7 @@ class TrainEngine:
             # Changes nothing but to drop the gradient where its norm is not finite.
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
+        release_free_memory()
         return (norm if math.isfinite(norm) and norm >= 0 else math.nan), rate
 
     def statistics(self, batches: Sequence[MicroBatch], head: StatisticsHead) -> list[tuple[torch.Tensor, ...]]:
@@ -300,14 +306,27 @@ class TrainEngine:
 def _adamw(module: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: biases and norms, which have one dimension, get none.
 
-    The rate is set before every step.
+    The rate is set before every step. Groups are small because DeepSpeed steps group by group, each on a copy of its gradient.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=config.betas, fused=True)
+    groups: list[dict[str, Any]] = []
+    for decayed in (True, False):
+        parameters = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
+        weight_decay = config.weight_decay if decayed else 0.0
+        groups += [{"params": chosen, "weight_decay": weight_decay} for chosen in _parts(parameters, _GROUP_ELEMENTS)]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+
+
+def _parts(parameters: Sequence[nn.Parameter], elements: int) -> list[list[nn.Parameter]]:
+    """Consecutive `parameters` in lists of at most `elements` elements; a larger one stands alone."""
+    parts: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if parameter.numel() > room:
+            parts.append([])
+            room = elements
+        parts[-1].append(parameter)
+        room -= parameter.numel()
+    return parts
 
 
 def _deepspeed_config(setup: EngineSetup, model: PreTrainedModel) -> dict[str, Any]:
@@ -324,7 +343,10 @@ def _deepspeed_config(setup: EngineSetup, model: PreTrainedModel) -> dict[str, A
         "zero_optimization": {
             "stage": setup.zero_stage,
             "overlap_comm": setup.ranks.gpu,
-            "reduce_bucket_size": min(_BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters() if p.requires_grad)),
+            "reduce_bucket_size": min(
+                _BUCKET_ELEMENTS["cuda" if setup.ranks.gpu else "cpu"],
+                sum(p.numel() for p in model.parameters() if p.requires_grad),
+            ),
             # Below this size gathering costs more than keeping: norms and biases stay whole.
             "stage3_param_persistence_threshold": 10 * model.config.get_text_config().hidden_size,
         },
