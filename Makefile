@@ -8,7 +8,7 @@ UV     := 0.13.9
 # One thread a process: on busy cores two OpenMP threads run ten times slower than one.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: setup demo up test test-all chaos gpu lint format bench lock clean
+.PHONY: setup demo up test test-all chaos gpu lint format bench proofs lock clean
 
 setup: $(STAMP)
 
@@ -51,8 +51,16 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Side by side with peers; bench_sft wants examples/prepare_smollm2.py to have run.
 bench: setup
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps -r requirements/bench.txt
 	for script in benchmarks/bench_*.py; do $(TEST_ENV) $(BIN)/python $$script || exit 1; done
+	$(TEST_ENV) $(BIN)/python benchmarks/bench_head.py --table
+
+# Long runs that show exact resume after kills and the share of masked tokens.
+proofs: setup
+	$(TEST_ENV) $(BIN)/python -m benchmarks.resume_table
+	$(TEST_ENV) $(BIN)/python benchmarks/tau_drift.py
 
 # Regenerates both locks; run it after changing requirements/*.in and commit the result.
 lock: setup
