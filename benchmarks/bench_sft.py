@@ -4,22 +4,21 @@
 
 All variants see the same rows with the same chat template and loss mask, `--rows` per optimizer step, in passes of 4 padded
 rows or of up to 1,024 packed tokens, with activations recomputed in the backward pass and bf16 arithmetic over fp32 weights.
-That is how TRL runs as it ships. `kept` variants keep activations. A variant is a process of its own, and its first step is
-not timed. Tokens are those of rows, never padding. Needs requirements/bench.txt and what examples/prepare_smollm2.py makes.
+That is how TRL runs as it ships. `kept` variants keep activations. TRL and this project take turns, each in a process of its
+own whose first step is not timed; this project's CE and SED take turns on the same rows in one. Tokens are those of rows, never
+padding. Speeds are those of the fastest step. Needs requirements/bench.txt and what examples/prepare_smollm2.py makes.
 Writes bench_sft.json beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import multiprocessing
 import os
 import resource
 import socket
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -44,14 +43,15 @@ PACK_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process reports."""
+    """What a process reports of one objective."""
 
-    tokens_per_s: float
-    step_s: float
+    tokens_per_s: tuple[float, ...]
+    """Of each timed step."""
     peak_mb: float
     base_mb: float
     """Memory before the model is opened: interpreter and libraries."""
     loss: float
+    """Cross-entropy of the last step."""
 
 
 def read_examples(options: argparse.Namespace) -> Sequence[Example]:
@@ -61,8 +61,8 @@ def read_examples(options: argparse.Namespace) -> Sequence[Example]:
     return encode_sft(read.rows, load_tokenizer(str(options.model)), MAX_LENGTH, "error").examples
 
 
-def ours(objective: str, options: argparse.Namespace, *, packed: bool, recompute: bool) -> Measured:
-    """One trainer rank, driven as the SFT loop drives it."""
+def ours(options: argparse.Namespace, *, packed: bool, recompute: bool) -> dict[str, Measured]:
+    """One trainer rank, driven as the SFT loop drives it: CE and SED in turn, each on the rows of a step."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     from services.training.messages import SFTSetup  # noqa: PLC0415
     from services.training.ranks import RankSetup  # noqa: PLC0415
@@ -72,33 +72,39 @@ def ours(objective: str, options: argparse.Namespace, *, packed: bool, recompute
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = SFTConfig(
-        objective=CEObjective() if objective == "ce" else SEDObjective(tau=TAU),
+    num_updates = 1 + 2 * options.steps
+    size: dict[str, Any] = {"pack_tokens": PACK_TOKENS} if packed else {"micro_batch_size": MICRO_BATCH_ROWS}
+    ce = SFTConfig(
+        objective=CEObjective(),
         data=DataConfig(path=str(options.data)),
-        steps=options.steps + 1,
+        steps=num_updates,
         batch_size=options.rows,
         max_length=MAX_LENGTH,
         gradient_checkpointing=recompute,
-        **({"pack_tokens": PACK_TOKENS} if packed else {"micro_batch_size": MICRO_BATCH_ROWS}),
+        **size,
     )
+    configs = {"ours, CE": ce, "ours, SED": ce.model_copy(update={"objective": SEDObjective(tau=TAU)})}
     base_mb = peak_mb()
     worker = SFTWorker(0)
     ranks = RankSetup(0, 1, "127.0.0.1", port, threads=options.threads)
-    worker.setup(SFTSetup(ranks, str(options.model), config, options.zero_stage, options.steps + 1))
-    seconds, tokens, loss = [], 0, 0.0
-    for step in range(1, options.steps + 2):
-        rows = examples[(step - 1) * options.rows : step * options.rows]
+    worker.setup(SFTSetup(ranks, str(options.model), ce, options.zero_stage, num_updates))
+    speeds: dict[str, list[float]] = {name: [] for name in configs}
+    losses: dict[str, float] = {}
+    plan = [("ours, CE", 0), *((name, step) for step in range(1, options.steps + 1) for name in configs)]
+    for update, (name, step) in enumerate(plan, start=1):
+        rows = examples[step * options.rows : (step + 1) * options.rows]
         denominator = int(sum(row.trained_T[1:].sum() for row in rows))
+        # The objective is all that differs, so that one model and one process serve both.
+        worker._config = configs[name]
         started = time.perf_counter()
-        figures = worker.train_step(rows, denominator, TAU if objective == "sed" else None, step)
-        if step > 1:
-            seconds.append(time.perf_counter() - started)
-            tokens += sum(len(row.input_ids_T) for row in rows)
-            loss = figures[0]["ce"] / denominator
-    return Measured(tokens / sum(seconds), statistics.median(seconds), peak_mb(), base_mb, loss)
+        figures, _ = worker.train_step(rows, denominator, TAU if name == "ours, SED" else None, update)
+        if step:
+            speeds[name].append(sum(len(row.input_ids_T) for row in rows) / (time.perf_counter() - started))
+            losses[name] = figures["ce"] / denominator
+    return {name: Measured(tuple(speeds[name]), peak_mb(), base_mb, losses[name]) for name in configs}
 
 
-def trl(options: argparse.Namespace, *, packed: bool, recompute: bool) -> Measured:
+def trl(options: argparse.Namespace, *, packed: bool, recompute: bool) -> dict[str, Measured]:
     """TRL's trainer on the same rows, already tokenised and masked."""
     import trl  # noqa: PLC0415
     from datasets import Dataset  # noqa: PLC0415
@@ -142,21 +148,11 @@ def trl(options: argparse.Namespace, *, packed: bool, recompute: bool) -> Measur
         trainer.train()
     step_s = [end - start for start, end in itertools.pairwise(ends)]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Measured(tokens_per_step * len(step_s) / sum(step_s), statistics.median(step_s), peak_mb(), base_mb, losses[-1])
+    speeds = tuple(tokens_per_step / seconds for seconds in step_s)
+    return {"TRL, CE": Measured(speeds, peak_mb(), base_mb, losses[-1])}
 
 
-VARIANTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
-    f"{name}, {'packed' if packed else 'padded'}{'' if recompute else ', kept'}": functools.partial(
-        measure, packed=packed, recompute=recompute
-    )
-    for recompute in (True, False)
-    for packed in (False, True)
-    for name, measure in {
-        "TRL, CE": trl,
-        "ours, CE": functools.partial(ours, "ce"),
-        "ours, SED": functools.partial(ours, "sed"),
-    }.items()
-}
+PEERS: tuple[Callable[..., dict[str, Measured]], ...] = (trl, ours)
 
 
 def peak_mb() -> float:
@@ -164,19 +160,30 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def child(name: str, options: argparse.Namespace, results: multiprocessing.Queue[Measured]) -> None:
-    """One variant in a process of its own, whose peak memory is then the variant's."""
+@dataclass(frozen=True)
+class Way:
+    """How a process trains."""
+
+    packed: bool
+    recompute: bool
+
+    def __str__(self) -> str:
+        return f"{'packed' if self.packed else 'padded'}{'' if self.recompute else ', kept'}"
+
+
+def child(peer: int, way: Way, options: argparse.Namespace, results: multiprocessing.Queue[dict[str, Measured]]) -> None:
+    """One measurement in a process of its own, whose peak memory is then that of what it measures."""
     torch.set_num_threads(options.threads)
-    results.put(VARIANTS[name](options))
+    results.put(PEERS[peer](options, **asdict(way)))
 
 
-def run(name: str, options: argparse.Namespace) -> Measured:
+def run(peer: int, way: Way, options: argparse.Namespace) -> dict[str, Measured]:
     """`child` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=child, args=(name, options, results))
+    process = context.Process(target=child, args=(peer, way, options, results))
     process.start()
-    measured: Measured = results.get()
+    measured: dict[str, Measured] = results.get()
     process.join()
     return measured
 
@@ -190,25 +197,31 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--kept", action="store_true", help="also with activations kept")
     options = parser.parse_args()
-    names = [name for name in VARIANTS if options.kept or not name.endswith("kept")]
-    taken: dict[str, list[Measured]] = {name: [] for name in names}
+    ways = [Way(packed, recompute) for recompute in ((True, False) if options.kept else (True,)) for packed in (False, True)]
+    taken: dict[tuple[str, Way], list[Measured]] = {}
     for _ in range(options.rounds):
-        for name in names:
-            taken[name].append(run(name, options))
-            print(f"{name:25} {taken[name][-1].tokens_per_s:6.1f} tokens/s {taken[name][-1].peak_mb:6.0f} MB", flush=True)
+        for way, peer in itertools.product(ways, range(len(PEERS))):
+            for name, measured in run(peer, way, options).items():
+                taken.setdefault((name, way), []).append(measured)
+                speeds = " ".join(f"{speed:.1f}" for speed in measured.tokens_per_s)
+                print(f"{name:10} {way!s:12} {measured.peak_mb:6.0f} MB, tokens/s of each step: {speeds}", flush=True)
     rows = []
-    for name, measured in taken.items():
-        peer = taken["TRL, CE" + name.partition("CE" if "CE" in name else "SED")[2]]
-        speed, peak = max(m.tokens_per_s for m in measured), min(m.peak_mb for m in measured)
-        row = {"variant": name, "tokens_per_s": speed, "peak_mb": peak, "base_mb": measured[0].base_mb}
-        row["of_trl_speed"] = speed / max(m.tokens_per_s for m in peer)
-        row["of_trl_peak"] = peak / min(m.peak_mb for m in peer)
-        rows.append(row | {"rounds": [asdict(m) for m in measured]})
-        print(f"{name:25} {speed:6.1f} tokens/s {row['of_trl_speed']:5.2f}x  {peak:6.0f} MB {row['of_trl_peak']:5.2f}x")
+    for (name, way), rounds in taken.items():
+        speed, peak = _best(rounds)
+        peer_speed, peer_peak = _best(taken["TRL, CE", way])
+        row = {"variant": f"{name}, {way}", "tokens_per_s": speed, "of_trl_speed": speed / peer_speed}
+        row |= {"peak_mb": peak, "of_trl_peak": peak / peer_peak, "rounds": [asdict(measured) for measured in rounds]}
+        rows.append(row)
+        print(f"{row['variant']:22} {speed:6.1f} tokens/s {speed / peer_speed:5.2f}x  {peak:6.0f} MB {peak / peer_peak:5.2f}x")
     machine = {"processor": processor(), "torch": torch.__version__, "rows": options.rows, "threads": options.threads}
     Path(__file__).with_suffix(".json").write_text(
         json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
     )
+
+
+def _best(rounds: Sequence[Measured]) -> tuple[float, float]:
+    """Tokens/s of the fastest step, and the smallest peak."""
+    return max(speed for measured in rounds for speed in measured.tokens_per_s), min(measured.peak_mb for measured in rounds)
 
 
 if __name__ == "__main__":

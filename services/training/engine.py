@@ -162,7 +162,8 @@ class TrainEngine:
             self._engine.backward(loss * factor, scale_wrt_gas=False)
             for name, value in named.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
-        release_free_memory()
+            if self.device.type == "cpu":
+                release_free_memory()
         return {name: float(value) for name, value in sums.items()}
 
     def step(self, step: int) -> tuple[float, float]:
@@ -185,7 +186,8 @@ class TrainEngine:
             # Changes nothing but to drop the gradient where its norm is not finite.
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
-        release_free_memory()
+        if self.device.type == "cpu":
+            release_free_memory()
         return (norm if math.isfinite(norm) and norm >= 0 else math.nan), rate
 
     def statistics(self, batches: Sequence[MicroBatch], head: StatisticsHead) -> list[tuple[torch.Tensor, ...]]:
