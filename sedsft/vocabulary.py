@@ -23,9 +23,10 @@ from sedsft.objectives import TokenStatistics
 IGNORED_LABEL = -100
 """Tokens with this label cost nothing: no matrix product, no loss, zeros in the outputs."""
 
-_CHUNK_BYTES = {"cuda": 2**28, "cpu": 60 * 2**20}
-"""Largest size of a chunk's vocabulary-wide buffers by device when the caller does not fix the number of tokens. A soft cap
-and GEM add temporaries of the size of one or two of them."""
+_CHUNK_BYTES = 60 * 2**20
+_CUDA_CHUNK_BYTES = 2**28
+"""Largest size of a chunk's vocabulary-wide buffers when the caller does not fix the number of tokens. A soft cap and GEM add
+temporaries of the size of one or two of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +118,12 @@ def row_kernel(hidden_NH: Tensor, vocab: int) -> RowKernel | None:
 
 def chunk_rows(hidden_NH: Tensor, vocab: int) -> int:
     """How many tokens make a fused chunk when the caller does not say."""
-    return max(1, _CHUNK_BYTES[hidden_NH.device.type] // (vocab * hidden_NH.element_size()))
+    return _rows_within_budget(hidden_NH, vocab * hidden_NH.element_size())
+
+
+def _rows_within_budget(hidden_NH: Tensor, row_bytes: int) -> int:
+    budget = _CUDA_CHUNK_BYTES if hidden_NH.device.type == "cuda" else _CHUNK_BYTES
+    return max(1, budget // row_bytes)
 
 
 def scan_chunks(
@@ -151,7 +157,7 @@ def scan_wide_chunks(
     dtype = statistics_dtype(hidden_NH)
     same_dtype = dtype == hidden_NH.dtype
     row_bytes = vocab * (2 * dtype.itemsize + (0 if same_dtype else hidden_NH.element_size()))
-    size = min(chunk_tokens or max(1, _CHUNK_BYTES[hidden_NH.device.type] // row_bytes), kept_N.numel())
+    size = min(chunk_tokens or _rows_within_budget(hidden_NH, row_bytes), kept_N.numel())
     # Written again for every chunk: fresh memory of this size costs more page faults than the arithmetic costs time.
     product_CV = hidden_NH.new_empty(size, vocab)
     scores_CV = product_CV if same_dtype else hidden_NH.new_empty(size, vocab, dtype=dtype)

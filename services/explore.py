@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +32,7 @@ from sedsft.exploration import Calibration, MassSketch, calibrate_sketch
 from sedsft.head import token_statistics
 from sedsft.records import Example
 from services.charts import Chart, line_chart
+from services.data_report import template_environment
 from services.errors import ModelError
 from services.rundir import write_atomically
 from services.training.model import linear_head, open_model
@@ -106,27 +106,24 @@ def explore(request: ExploreRequest) -> str:
     flat = {k: np.concatenate([row.masses_R[k] for row in measured]) for k in measured[0].masses_R}
     sketches = {k: MassSketch.of(masses_N) for k, masses_N in flat.items()}
     calibration = calibrate_sketch(sketches[top_k], request.objective.mask_ratio, top_k=top_k)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     ratios = sorted({*TABLE_RATIOS, calibration.mask_ratio})
-    return environment.get_template("explore.html.jinja").render(
-        model=str(request.model),
-        data=request.data.path,
-        cut=len(encoded.cut),
-        dropped=len(encoded.dropped),
-        max_length=request.max_length,
-        built=datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        calibration=calibration,
-        charts=quantile_charts({k: flat[k] for k in PLOTTED_TOP_K}),
-        ratios=ratios,
-        tau_table=[(k, [sketch.threshold(ratio) for ratio in ratios]) for k, sketch in sketches.items()],
-        colours=COLOURS,
-        rows=[_shown(*row, calibration, tokenizer) for row in zip(encoded.examples, measured, strict=True)],
+    return (
+        template_environment()
+        .get_template("explore.html.jinja")
+        .render(
+            model=str(request.model),
+            data=request.data.path,
+            cut=len(encoded.cut),
+            dropped=len(encoded.dropped),
+            max_length=request.max_length,
+            built=datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            calibration=calibration,
+            charts=quantile_charts({k: flat[k] for k in PLOTTED_TOP_K}),
+            ratios=ratios,
+            tau_table=[(k, [sketch.threshold(ratio) for ratio in ratios]) for k, sketch in sketches.items()],
+            colours=COLOURS,
+            rows=[_shown(*row, calibration, tokenizer) for row in zip(encoded.examples, measured, strict=True)],
+        )
     )
 
 

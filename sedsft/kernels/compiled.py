@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,9 @@ class _CompiledRows:
 
     def __init__(self) -> None:
         # One thread compiles few small functions; a pool of processes would outlive its use.
-        options: dict[str, str | int | bool | object] = {"compile_threads": 1}
-        self._scan = torch.compile(_scan, dynamic=True, options=options)  # type: ignore[arg-type]
-        self._pull = torch.compile(_pull, dynamic=True, options=options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"compile_threads": 1}
+        self._scan = torch.compile(_scan, dynamic=True, options=options)
+        self._pull = torch.compile(_pull, dynamic=True, options=options)
 
     def scan_rows(self, product_CV: Tensor, labels_C: Tensor, top_k: int | None, shape: HeadShape) -> RowScan:
         scale, cap = _scalars(shape)

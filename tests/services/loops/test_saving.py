@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from services.errors import WorkerDied
 from services.loops.saving import CheckpointSaver
 from services.placement import actor_groups
 from services.run import Run
+from tests.services.local_ray import local_ray
 from tests.services.loops.poisoned_worker import SlowWriter
 from tests.services.loops.test_sft import attempt, events, make_spec
 
@@ -26,11 +26,8 @@ CARD = "---\ntags: []\n---\n"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="sv", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+    with local_ray():
         yield
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from sedsft.data.store import write_store
 from services.checkpoints import CheckpointInfo, begin, describe, publish, verify
@@ -23,6 +21,7 @@ from services.loops.saving import CheckpointSaver
 from services.loops.sft_steps import StepOutcome, train_step
 from services.run import Run
 from services.rundir import read_lines
+from tests.services.local_ray import local_ray
 from tests.services.loops.poisoned_worker import PoisonedWorker
 from tests.services.tiny_llama import random_llama, save_tokenizer
 
@@ -31,11 +30,8 @@ pytestmark = pytest.mark.timeout(400)
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="sf", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+    with local_ray():
         yield
-        ray.shutdown()
 
 
 def make_spec(folder: Path, **sft_settings: Any) -> SFTStage:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 from transformers import AutoModelForCausalLM
 
 from sedsft.config import AdamWConfig, CEObjective, DataConfig, GRPOConfig, SFTConfig
@@ -22,6 +20,7 @@ from services.training.messages import PolicySetup, SFTSetup
 from services.training.policy_worker import PolicyWorker
 from services.training.ranks import RankSetup, trainer_env
 from services.training.sft_worker import SFTWorker
+from tests.services.local_ray import local_ray
 from tests.services.tiny_llama import save_tiny_llama
 
 TIMEOUT_S = 120.0
@@ -30,11 +29,8 @@ DATA = DataConfig(path="unused.jsonl")
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="tr", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+    with local_ray():
         yield
-        ray.shutdown()
 
 
 def ranks_of(group: ActorGroup) -> list[RankSetup]:
