@@ -56,7 +56,9 @@ def create_app(settings: Settings, backends: tuple[LaunchBackend, ServeBackend] 
             app.state.reconciler = reconciler
             # Where the cluster reads and writes runs, it can read data, too.
             hub_home = settings.runs if settings.allow_hub else None
-            app.state.jobs = JobService(jobs, settings.runs, settings.allowed_roots, reconciler.cluster_resources, hub_home)
+            app.state.jobs = JobService(
+                jobs, settings.runs, settings.allowed_roots, reconciler.cluster_resources, hub_home, settings.reward_hosts
+            )
             app.state.deployments = DeploymentService(deployments, jobs, settings.allowed_roots, reconciler.cluster_resources)
             loop = asyncio.create_task(reconciler.run())
             try:

@@ -238,6 +238,19 @@ def check_data(
 
 
 @app.command()
+def replay(
+    run_folder: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Folder of a run: <runs>/<job>/attempt-<n>.")
+    ],
+    stage: Annotated[str | None, typer.Option(help="Stage of kind rl; needed when the job has several.")] = None,
+) -> None:
+    """Train an RL stage again from its recorded rollouts and compare the weights' sha256. Runs here, needs no service."""
+    command = [sys.executable, "-m", "services.replay", str(run_folder), *(["--stage", stage] if stage else [])]
+    if code := subprocess.run(command, check=False).returncode:
+        raise typer.Exit(code)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a checkpoint, step-<n>.")],
     folder: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],

@@ -121,6 +121,10 @@ class Client:
         tables: Json = self._json("GET", f"/v1/jobs/{job_id}/tables")["data"]
         return tables
 
+    def rollouts(self, job_id: str, **filters: Any) -> Iterator[Json]:
+        """Recorded groups, by `stage`, `iteration`, `prompt`; with `tokens=True` ids and log-probabilities too."""
+        return self._pages(f"/v1/jobs/{job_id}/rollouts", filters | {"limit": 200})
+
     def report(self, job_id: str) -> bytes:
         """The HTML report."""
         return self._request("GET", f"/v1/jobs/{job_id}/report").content

@@ -32,6 +32,8 @@ class Settings(BaseSettings):
     allow_hub: bool = False
     """Whether a job may name data as `hf://owner/name`, which the service downloads from the Hugging Face hub (`HF_ENDPOINT`)
     into `home/runs/hub` when the job is submitted. Jobs themselves never use the network."""
+    reward_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Hosts that rewards of the kind `remote` may ask, as `name` or `name:port`, separated by commas."""
     ray_dashboard: str = "http://127.0.0.1:8265"
     """URL of Ray's dashboard, whose REST API runs jobs and serves models."""
     ray_token_path: Path | None = Field(default_factory=lambda data: data["home"] / "ray_token")
@@ -56,6 +58,11 @@ class Settings(BaseSettings):
     @classmethod
     def _split_roots(cls, roots: Any) -> Any:
         return tuple(part for part in roots.split(os.pathsep) if part) if isinstance(roots, str) else roots
+
+    @field_validator("reward_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, hosts: Any) -> Any:
+        return tuple(part.strip() for part in hosts.split(",") if part.strip()) if isinstance(hosts, str) else hosts
 
     @field_validator("allowed_roots", mode="after")
     @classmethod
@@ -120,6 +127,7 @@ def child_environment(settings: Settings, stack_id: str) -> dict[str, str]:
         "SEDSFT_DATABASE_URL": settings.database_url,
         "SEDSFT_ALLOWED_ROOTS": os.pathsep.join(str(root) for root in settings.allowed_roots),
         "SEDSFT_ALLOW_HUB": str(settings.allow_hub),
+        "SEDSFT_REWARD_HOSTS": ",".join(settings.reward_hosts),
         "SEDSFT_RAY_DASHBOARD": settings.ray_dashboard,
         "SEDSFT_RAY_TOKEN_PATH": str(settings.ray_token_path or ""),
         "SEDSFT_SERVE_PORT": str(settings.serve_port),

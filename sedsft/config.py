@@ -1,20 +1,22 @@
 """Settings of the algorithms: frozen pydantic models, validated once and never changed afterwards.
 
-Imports nothing heavier than pydantic, so that the API and the command line can check a job without torch.
+Imports nothing heavier than pydantic, so that the API and the command line can check a job without torch. How rewards are
+set is in `sedsft.reward_config`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-
-class Config(BaseModel):
-    """Base of every setting: immutable, no unknown fields, field docstrings become the API's documentation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
+from sedsft.config_base import Config as Config
+from sedsft.reward_config import AnswerReward as AnswerReward
+from sedsft.reward_config import FormatReward as FormatReward
+from sedsft.reward_config import LengthReward as LengthReward
+from sedsft.reward_config import OverlongPenalty as OverlongPenalty
+from sedsft.reward_config import RemoteReward as RemoteReward
+from sedsft.reward_config import RewardConfig as RewardConfig
 
 # --------------------------------------------------------------------------------------------- objectives
 
@@ -97,7 +99,8 @@ class DataConfig(Config):
     also compressed (.gz, .zst). Several files are read in the order of their paths. They may be
     larger than memory, except lists in .json, which may have 512 MiB of text. Where the operator allows it
     (`SEDSFT_ALLOW_HUB`), also `hf://owner/name[@revision][/file, folder or pattern]`: data files of that data set of the
-    Hugging Face hub, downloaded when the job is submitted and pinned to a commit."""
+    Hugging Face hub, downloaded when the job is submitted and pinned to a commit. In an `rl` or `filter` stage
+    also `stage:NAME`: the rows that the filter stage of that name, earlier in the pipeline, has kept."""
     format: Literal["auto"] | Layout = "auto"
     """Layout of the rows of all files. `auto` looks at the columns of the first row and refuses what fits more than one."""
     columns: Annotated[dict[str, str], Field(max_length=16)] = Field(default_factory=dict)
@@ -154,7 +157,7 @@ class CheckpointConfig(Config):
     """When training state is saved. The end of a stage is always saved."""
 
     every_steps: PositiveInt | None = None
-    """Optimizer steps between checkpoints; none: only at the end."""
+    """Steps between checkpoints, in SFT of the optimizer, in RL iterations; none: only at the end."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints that stay; older ones are removed once newer ones are complete."""
 
@@ -256,19 +259,6 @@ class SFTConfig(Config):
 # ----------------------------------------------------------------------------------------------------- RL
 
 
-class RewardConfig(Config):
-    """How a response is scored: a registered scorer in a child process that can be killed."""
-
-    name: Literal["math", "countdown"] = "math"
-    """`math` compares the last boxed answer with the gold; `countdown` checks every step of a derivation."""
-    timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
-    """Wall time after which one scoring is killed; the sample gets the status `timeout` and leaves the loss."""
-    memory_mb: Annotated[int, Field(ge=256)] = 2048
-    """Address-space limit of a scoring process in MiB."""
-    max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """The job stops when more than this share of an iteration's samples has a status other than scored."""
-
-
 class SamplingConfig(Config):
     """How responses are drawn."""
 
@@ -280,8 +270,11 @@ class SamplingConfig(Config):
     """Longest response in tokens."""
 
 
+AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+
+
 class GRPOConfig(Config):
-    """Group-relative policy optimisation with clip-higher and a token-level loss."""
+    """Group-relative policy optimisation and its kin, with clip-higher and a token-level loss; docs/rl.md has the formulas."""
 
     data: DataConfig
     """Prompts with their gold answers."""
@@ -297,10 +290,32 @@ class GRPOConfig(Config):
     """Prompts whose groups make one optimizer step."""
     micro_batch_size: PositiveInt = 8
     """Largest number of responses in one forward pass of one rank; does not change the result."""
+    pack_tokens: PositiveInt | None = None
+    """Lay responses with their prompts end to end in forward passes of up to this many tokens, without padding. Replaces
+    `micro_batch_size`; does not change the result."""
+    advantage: AdvantageEstimator = "grpo"
+    """How rewards become advantages. `grpo`: normalised by mean and standard deviation of the group. `dr_grpo`: less the
+    group's mean only, and the loss is divided by responses times `max_tokens` and not by their tokens. `rloo`: less the mean
+    of the group's others. `reinforce_pp`: normalised over all samples of the iteration. `reinforce_pp_baseline`: less the
+    group's mean, in units of the standard deviation over the iteration."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: Annotated[float, Field(gt=0)] = 0.28
     """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Largest ratio with which a token of negative advantage still has a gradient (arXiv 1912.09729); None: no limit."""
+    tis_cap: Annotated[float, Field(ge=1)] | None = 2.0
+    """Truncated importance sampling: the clipped ratio is taken against the trainer's own log-probabilities at the start of
+    the iteration, and each token is weighted by min(p(trainer) / p(sampler), tis_cap). Costs a forward pass over all but the
+    first mini-batch of an iteration. None: the ratio is taken against the sampler's log-probabilities, without weights."""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the k3 estimate of the divergence from the starting model, per token; above 0 it costs a forward pass over all
+    responses and a copy of the starting weights in host memory."""
+    max_refills: Annotated[int, Field(ge=0)] | None = None
+    """Dynamic sampling: groups whose rewards do not differ are dropped and replaced by other prompts, in at most this many
+    further rounds of sampling; the update is over what is there then. None: all groups are kept."""
+    mask_truncated: bool = False
+    """Responses cut at `max_tokens` leave the loss, its denominator and the statistics of their group, as if unscored."""
     temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     """Sampling temperature; log-probabilities of sampler and trainer are taken at this temperature."""
     max_tokens: PositiveInt = 1024
@@ -317,6 +332,8 @@ class GRPOConfig(Config):
     """Prompts of the probe that checks every weight sync."""
     readiness_prompts: Annotated[int, Field(ge=0)] = 32
     """Prompts sampled before the first update for the readiness figures; 0 skips them."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """When training state is saved."""
     seed: int = 42
     """Seed of prompt order and sampling."""
 
@@ -328,6 +345,58 @@ class GRPOConfig(Config):
                 f"and {self.mini_batch_prompts}; change one of them"
             )
         _check_warmup(self.optimizer, self.iterations * (self.prompts_per_iteration // self.mini_batch_prompts))
+        return self
+
+    @model_validator(mode="after")
+    def _variants_fit(self) -> GRPOConfig:
+        if self.advantage == "reinforce_pp" and self.max_refills is not None:
+            raise ValueError(
+                "expected no max_refills with advantage='reinforce_pp', since groups that do not vary teach there as well; "
+                "remove it or choose 'reinforce_pp_baseline'"
+            )
+        if self.pack_tokens is None:
+            return self
+        if self.micro_batch_size != GRPOConfig.model_fields["micro_batch_size"].default:
+            raise ValueError("expected either pack_tokens or micro_batch_size, got both; remove one of them")
+        if self.pack_tokens < (longest := self.max_prompt_tokens + self.max_tokens):
+            raise ValueError(
+                f"expected pack_tokens of at least max_prompt_tokens + max_tokens = {longest}, so that all responses fit, got "
+                f"{self.pack_tokens}; raise it or lower the others"
+            )
+        return self
+
+
+class FilterConfig(Config):
+    """Difficulty filter: which prompts a model neither always nor never answers right."""
+
+    data: DataConfig
+    """Prompts with their gold answers."""
+    reward: RewardConfig = RewardConfig()
+    """Scorer of a response."""
+    samples: Annotated[int, Field(ge=2, le=256)] = 8
+    """Responses per prompt."""
+    low: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Smallest share of right answers among the scored responses with which a prompt is kept; the default drops all-wrong."""
+    high: Annotated[float, Field(ge=0, le=1)] = 0.999
+    """Largest share with which a prompt is kept; the default drops all-right."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Temperature, nucleus and length of the responses: those of the stage that trains on the rows."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Prompts longer than this are dropped and counted."""
+    precision: Precision = "bf16"
+    """Arithmetic of the sampler."""
+    max_logprob_gap: Annotated[float, Field(gt=0)] = 0.05
+    """Largest mean |log p(sampler) - log p(transformers)| of the probe after the model is loaded; beyond it the job stops."""
+    seed: int = 0
+    """Seed of sampling."""
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> FilterConfig:
+        if self.low > self.high or (self.low, self.high) == (0.0, 1.0):
+            raise ValueError(
+                f"expected low to be at most high and one of them to drop something, got [{self.low}, {self.high}]; narrow or "
+                "widen the band"
+            )
         return self
 
 

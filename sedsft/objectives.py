@@ -11,7 +11,8 @@ Legend: N tokens, V vocabulary; p = exp(log_prob) is the probability of the targ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,30 +43,61 @@ class TokenLoss:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyObjective:
-    """Token-level clipped policy loss -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(log p - old log p).
+    """Token-level clipped policy loss, weighted by how far the sampler is from the trainer, plus a divergence.
 
-    Separate bounds are DAPO's clip-higher (arXiv 2503.14476). There is no second bound for A < 0 and large r.
+        -w clipped(r) A + kl_weight * k3
+        clipped(r) A = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and for A < 0 no less than dual_clip * A
+        r  = p / p_old
+        w  = min(p_old / p_sampler, tis_cap), without gradient; 1 without `tis_cap`
+        k3 = p_ref / p - log(p_ref / p) - 1
 
-    Shapes: both tensors [N], aligned with the labels that the head is given.
+    Separate bounds are DAPO's clip-higher (arXiv 2503.14476), the bound for A < 0 is dual-clip PPO's (arXiv 1912.09729), k3 is
+    the estimate in GRPO's loss (arXiv 2402.03300). With p_old that of the sampler itself, `tis_cap` is left out: w would be 1.
+
+    Shapes: all tensors [N], aligned with the labels that the head is given.
     """
 
     advantage_N: Tensor
-    old_log_prob_N: Tensor
+    old_log_prob_N: Tensor | None
+    """None: the weights are those of p_old, so r = 1 with the gradient of log p."""
     clip_low: float
     clip_high: float
+    dual_clip: float | None = None
+    sampler_log_prob_N: Tensor | None = None
+    tis_cap: float | None = None
+    reference_log_prob_N: Tensor | None = None
+    kl_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.advantage_N.dim() != 1 or self.advantage_N.shape != self.old_log_prob_N.shape:
+        given = [tensor for tensor in self._tensors().values() if tensor is not None]
+        if any(tensor.dim() != 1 or tensor.shape != self.advantage_N.shape for tensor in given):
             raise ValueError(
-                "expected advantage_N and old_log_prob_N of one shape [N], got "
-                f"{tuple(self.advantage_N.shape)} and {tuple(self.old_log_prob_N.shape)}; flatten and align them"
+                f"expected advantage and log-probabilities of one shape [N], got {[tuple(tensor.shape) for tensor in given]}; "
+                "flatten and align them"
             )
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
             raise ValueError(f"expected 0 < clip_low < 1 and clip_high > 0, got {self.clip_low} and {self.clip_high}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"expected dual_clip above 1, got {self.dual_clip}; leave it out for no bound")
+        if (self.tis_cap is None) != (self.sampler_log_prob_N is None) or (self.tis_cap is not None and not self.tis_cap >= 1):
+            raise ValueError(
+                f"expected sampler_log_prob_N and tis_cap of at least 1, or neither, got a cap of {self.tis_cap} and "
+                f"{'no ' if self.sampler_log_prob_N is None else ''}log-probabilities"
+            )
+        if (self.kl_weight > 0) != (self.reference_log_prob_N is not None):
+            raise ValueError(
+                f"expected reference_log_prob_N with a positive kl_weight, or neither, got a weight of {self.kl_weight} and "
+                f"{'no ' if self.reference_log_prob_N is None else ''}log-probabilities"
+            )
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        names = ("advantage_N", "old_log_prob_N", "sampler_log_prob_N", "reference_log_prob_N")
+        return {name: getattr(self, name) for name in names}
 
     def at(self, rows_C: Tensor) -> PolicyObjective:
         """The same objective for the tokens with these indices."""
-        return PolicyObjective(self.advantage_N[rows_C], self.old_log_prob_N[rows_C], self.clip_low, self.clip_high)
+        chosen: dict[str, Any] = {name: None if tensor is None else tensor[rows_C] for name, tensor in self._tensors().items()}
+        return replace(self, **chosen)
 
 
 ScalarObjective = CEObjective | SEDObjective | DFTObjective | PolicyObjective
@@ -78,7 +110,7 @@ def token_loss(objective: ScalarObjective, statistics: TokenStatistics, tau: flo
         CE      -log p                              d/dlog p = -1
         SED     -log p + lambda M (p - 1/2)^2                  -(1 - 2 lambda M p (p - 1/2)),   M = 1[top-k mass < tau]
         DFT     -sg(p) log p                                   -p
-        policy  see `PolicyObjective`                          -r A, or 0 where the clip is the smaller of the two
+        policy  see `PolicyObjective`                          -w r A, or 0 where a clip holds, + kl_weight (1 - p_ref / p)
 
     `tau` is read by SED with its mask only. Errors: ValueError when SED with its mask lacks tau or the top-k mass.
     Sources: SED arXiv 2602.07464, DFT arXiv 2508.05629.
@@ -116,11 +148,36 @@ def _sed_loss(objective: SEDObjective, log_prob_N: Tensor, active_N: Tensor) -> 
 
 def _policy_loss(objective: PolicyObjective, log_prob_N: Tensor) -> TokenLoss:
     advantage_N = objective.advantage_N.to(log_prob_N)
-    ratio_N = (log_prob_N - objective.old_log_prob_N.to(log_prob_N)).exp()
+    old_log_prob_N = log_prob_N if objective.old_log_prob_N is None else objective.old_log_prob_N.to(log_prob_N)
+    ratio_N = (log_prob_N - old_log_prob_N).exp()
     plain_N = ratio_N * advantage_N
     clipped_N = ratio_N.clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantage_N
     active_N = plain_N <= clipped_N
-    return TokenLoss(-torch.minimum(plain_N, clipped_N), torch.where(active_N, -plain_N, 0.0), active_N)
+    gain_N = torch.minimum(plain_N, clipped_N)
+    if objective.dual_clip is not None:
+        bounded_N = (advantage_N < 0) & (ratio_N > objective.dual_clip)
+        gain_N = torch.where(bounded_N, objective.dual_clip * advantage_N, gain_N)
+        active_N = active_N & ~bounded_N
+    slope_N = torch.where(active_N, plain_N, 0.0)
+    if objective.sampler_log_prob_N is not None and objective.tis_cap is not None:
+        weight_N = truncated_weight(old_log_prob_N, objective.sampler_log_prob_N, objective.tis_cap)
+        gain_N, slope_N = weight_N * gain_N, weight_N * slope_N
+    if objective.reference_log_prob_N is None:
+        return TokenLoss(-gain_N, -slope_N, active_N)
+    divergence_N = k3_divergence(log_prob_N, objective.reference_log_prob_N)
+    pull_N = -torch.expm1(objective.reference_log_prob_N.to(log_prob_N) - log_prob_N)
+    return TokenLoss(objective.kl_weight * divergence_N - gain_N, objective.kl_weight * pull_N - slope_N, active_N)
+
+
+def truncated_weight(old_log_prob_N: Tensor, sampler_log_prob_N: Tensor, tis_cap: float) -> Tensor:
+    """Importance weight min(p_old / p_sampler, tis_cap) of each token."""
+    return (old_log_prob_N - sampler_log_prob_N.to(old_log_prob_N)).exp().clamp(max=tis_cap)
+
+
+def k3_divergence(log_prob_N: Tensor, reference_log_prob_N: Tensor) -> Tensor:
+    """p_ref / p - log(p_ref / p) - 1 of each token: never negative, and where p draws the tokens its mean is KL(p || p_ref)."""
+    difference_N = reference_log_prob_N.to(log_prob_N) - log_prob_N
+    return torch.expm1(difference_N) - difference_N
 
 
 def gem_rows(objective: GEMObjective, log_probs_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,8 @@ class Row:
     line: int
     file: str = ""
     """Name of the row's file where there are several."""
+    data_source: str = ""
+    """What a verl file says the row is from; chooses the scorer where the reward asks for that."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +48,10 @@ class PolicyRow:
     response_ids_R: npt.NDArray[np.int32]
     sampler_log_probs_R: npt.NDArray[np.float32]
     advantage: float
+    old_log_probs_R: npt.NDArray[np.float32] | None = None
+    """Under the trainer's weights at the start of the iteration; None where they are the current ones, or not asked for."""
+    reference_log_probs_R: npt.NDArray[np.float32] | None = None
+    """Under the starting model of the stage; None without a divergence from it in the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ class Prompt:
     text: str
     answer: str
     line: int
+    data_source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,18 @@ class Sample:
     """True when the token limit, not an end token, ended the response."""
     weight_version: int
     """Version of the weights that drew it."""
+    timed_out: bool = False
+    """True when the wall time, not the sampler, ended the response; it then counts as truncated too."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringItem:
+    """What a scorer is told of one response."""
+
+    gold: str
+    response: str
+    response_tokens: int = 0
+    data_source: str = ""
 
 
 ScoreStatus = Literal["scored", "timeout", "crashed", "invalid"]
@@ -88,6 +107,17 @@ class Score:
     extracted: str | None = None
     """The answer read from the response, in a form that equal answers share; None when there is none."""
     detail: str = ""
+    correct: bool | None = None
+    """Whether the answer is right; None where the reward alone tells."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Reward of each component by its type, before its weight."""
+    seconds: float = 0.0
+    """Time that the scoring took."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer counts as right in accuracies: a bonus for its form does not make a wrong answer right."""
+        return self.reward > 0 if self.correct is None else self.correct
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +127,5 @@ class RolloutGroup:
     prompt: Prompt
     samples: tuple[Sample, ...]
     scores: tuple[Score, ...] = field(default=())
+    seed: int = 0
+    """Seed that the first sample was drawn with; sample g was drawn with this plus g."""

@@ -17,7 +17,8 @@ from sedsft.objectives import PolicyObjective, TokenObjective
 def reference_losses(logits_NV: Tensor, labels_N: Tensor, objective: TokenObjective, tau: float | None = None) -> Tensor:
     """Loss of each token [N], differentiable in the logits. Every label is a vocabulary index.
 
-    Sources: SED arXiv 2602.07464, DFT arXiv 2508.05629, GEM arXiv 2408.16673, clip-higher arXiv 2503.14476.
+    Sources: SED arXiv 2602.07464, DFT arXiv 2508.05629, GEM arXiv 2408.16673; policy losses as in
+    `PolicyObjective`.
     """
     log_probs_NV = logits_NV.log_softmax(dim=1)
     log_prob_N = log_probs_NV.gather(1, labels_N[:, None])[:, 0]
@@ -36,9 +37,22 @@ def reference_losses(logits_NV: Tensor, labels_N: Tensor, objective: TokenObject
                 q_NV = q_NV * torch.sigmoid(0.01 * margin_NV).detach()
             return -(q_NV * (log_prob_N[:, None] - log_probs_NV)).sum(dim=1)
         case PolicyObjective():
-            ratio_N = (log_prob_N - objective.old_log_prob_N).exp()
-            clipped_N = ratio_N.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-            return -torch.minimum(ratio_N * objective.advantage_N, clipped_N * objective.advantage_N)
+            return _policy_losses(objective, log_prob_N)
+
+
+def _policy_losses(objective: PolicyObjective, log_prob_N: Tensor) -> Tensor:
+    old_N = log_prob_N.detach() if objective.old_log_prob_N is None else objective.old_log_prob_N
+    ratio_N, advantage_N = (log_prob_N - old_N).exp(), objective.advantage_N
+    clipped_N = ratio_N.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    gain_N = torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
+    if objective.dual_clip is not None:
+        gain_N = torch.where(advantage_N < 0, torch.maximum(gain_N, objective.dual_clip * advantage_N), gain_N)
+    if objective.sampler_log_prob_N is not None and objective.tis_cap is not None:
+        gain_N = gain_N * (old_N - objective.sampler_log_prob_N).exp().clamp(max=objective.tis_cap)
+    if objective.reference_log_prob_N is None:
+        return -gain_N
+    distance_N = objective.reference_log_prob_N - log_prob_N
+    return objective.kl_weight * (distance_N.exp() - distance_N - 1) - gain_N
 
 
 def _mask(log_probs_NV: Tensor, objective: SEDObjective, tau: float | None) -> Tensor:

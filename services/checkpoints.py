@@ -308,14 +308,18 @@ def check_identity(manifest: Manifest, identity: Mapping[str, Any], path: Path) 
     before = manifest.info.identity
     if before is None:
         raise CheckpointInvalid(f"expected training state in {path}, it was saved without; use a checkpoint of this version")
-    old, new = _leaves(before), _leaves(json.loads(json.dumps(identity)))
-    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    if differing:
-        diff = "; ".join(f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} here" for name in differing)
+    if diff := identity_diff(before, identity):
         raise CheckpointInvalid(
             f"expected the settings of {path} to resume from it, these differ: {diff}. Use the same settings, or start "
             "from its weights with the checkpoint as the model"
         )
+
+
+def identity_diff(before: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """Fields in which two identities differ, with both values; empty where they agree."""
+    old, new = _leaves(before), _leaves(json.loads(json.dumps(identity)))
+    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name, 'absent')} there, {new.get(name, 'absent')} here" for name in differing)
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, str]:

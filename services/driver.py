@@ -21,9 +21,10 @@ import ray
 
 from sedsft.data import DataFileError, TokenizerError
 from services.errors import DataError, JobError, ModelError
-from services.jobspec import JOB_SPEC, EvalStage, JobSpec, RLStage, SFTStage, stages_of
+from services.jobspec import JOB_SPEC, EvalStage, FilterStage, JobSpec, RLStage, SFTStage, stages_of
 from services.loops.engines import Engines
 from services.loops.evaluate import run_evaluation
+from services.loops.filter import run_filter
 from services.loops.grpo import run_grpo
 from services.loops.sft import run_sft
 from services.report import build_report
@@ -57,7 +58,7 @@ class _Tee:
 
 
 def walk(run: Run) -> None:
-    """SFT -> readiness -> RL -> evaluation, or whichever stages the job names."""
+    """SFT -> readiness -> difficulty filter -> RL -> evaluation, or whichever stages the job names."""
     stages = stages_of(run.spec)
     with Engines(run) as engines:
         for index, stage in enumerate(stages):
@@ -68,6 +69,8 @@ def walk(run: Run) -> None:
                         run_sft(run, stage, folder)
                     case RLStage():
                         run_grpo(run, stage, folder, engines)
+                    case FilterStage():
+                        run_filter(run, stage, folder, engines)
                     case EvalStage():
                         run_evaluation(run, stage, folder, engines)
 

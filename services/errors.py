@@ -69,6 +69,12 @@ class CheckpointInvalid(JobError):
     code = "checkpoint_invalid"
 
 
+class RecordingInvalid(JobError):
+    """Recorded rollouts that are missing, damaged, or those of another run."""
+
+    code = "recording_invalid"
+
+
 class PhaseTimeout(JobError):
     """A phase did not end within its deadline."""
 

@@ -1,7 +1,7 @@
 """The job spec: what a user posts, what the API validates and what the driver runs. Pydantic only, no torch.
 
-A job is one stage (`sft`, `rl`, `eval`) or a `pipeline` of stages in order. A stage starts from a model folder or from the
-checkpoint that an earlier stage left.
+A job is one stage (`sft`, `rl`, `eval`, `filter`) or a `pipeline` of stages in order. A stage starts from a model folder or
+from the checkpoint that an earlier stage left.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
-from sedsft.config import Config, EvalConfig, GRPOConfig, SFTConfig
+from sedsft.config import Config, EvalConfig, FilterConfig, GRPOConfig, SFTConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 
@@ -65,6 +65,13 @@ class RolloutResources(Config):
     """Memory for keys and values of an engine on CPU, in GiB. On GPU vLLM sizes it from `gpu_memory_utilization`."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=0.98)] = 0.85
     """Share of each GPU's memory an engine may take."""
+    sample_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds after which a sample ends as it is, marked as timed out and truncated; counted from the call to the engine."""
+    heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """An engine that owes a heartbeat for this long is ended and restarted; after a quarter of it, it gets no new prompts.
+    Above four times the engine's longest forward pass."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often an engine that died is started again within an hour."""
 
     @model_validator(mode="after")
     def _parallel_fits(self) -> RolloutResources:
@@ -153,6 +160,31 @@ class EvalStage(Config):
         return self
 
 
+class FilterStage(Config):
+    """Difficulty filter: sample each prompt several times and keep those answered right neither too often nor too rarely."""
+
+    type: Literal["filter"] = "filter"
+    name: Name = "filter"
+    """Name of the stage; a later `rl` stage reads the rows it kept with the data path `stage:NAME`."""
+    model: ModelRef
+    """Model that answers."""
+    filter: FilterConfig
+    """Data, reward, sampling and the band."""
+    rollout: RolloutResources = RolloutResources()
+    """Engines that sample."""
+    scorer: ScorerResources = ScorerResources()
+    """Reward workers."""
+
+    @model_validator(mode="after")
+    def _responses_fit(self) -> FilterStage:
+        _check_room("filter.sampling.max_tokens", self.filter.sampling.max_tokens, self.rollout)
+        return self
+
+
+STAGE_DATA = "stage:"
+"""What the path of data begins with that an earlier filter stage leaves."""
+
+
 def _check_room(field: str, max_tokens: int, rollout: RolloutResources) -> None:
     if max_tokens >= rollout.max_model_len:
         raise ValueError(
@@ -161,7 +193,7 @@ def _check_room(field: str, max_tokens: int, rollout: RolloutResources) -> None:
         )
 
 
-Stage = Annotated[SFTStage | RLStage | EvalStage, Field(discriminator="type")]
+Stage = Annotated[SFTStage | RLStage | EvalStage | FilterStage, Field(discriminator="type")]
 
 # --------------------------------------------------------------------------------------------------- jobs
 
@@ -198,6 +230,13 @@ class EvalJob(EvalStage, JobFields):
     """Name of the job and of its stage; need not be unique."""
 
 
+class FilterJob(FilterStage, JobFields):
+    """A job of one filter stage."""
+
+    name: Name = "filter"
+    """Name of the job and of its stage; need not be unique."""
+
+
 class PipelineJob(JobFields):
     """Stages that run one after the other, each from a model folder or from an earlier stage's checkpoint."""
 
@@ -222,15 +261,15 @@ class PipelineJob(JobFields):
         return self
 
 
-JobSpec = Annotated[SFTJob | RLJob | EvalJob | PipelineJob, Field(discriminator="type")]
-JOB_SPEC: TypeAdapter[SFTJob | RLJob | EvalJob | PipelineJob] = TypeAdapter(JobSpec)
+JobSpec = Annotated[SFTJob | RLJob | EvalJob | FilterJob | PipelineJob, Field(discriminator="type")]
+JOB_SPEC: TypeAdapter[SFTJob | RLJob | EvalJob | FilterJob | PipelineJob] = TypeAdapter(JobSpec)
 
 
-def stages_of(spec: JobSpec) -> tuple[SFTStage | RLStage | EvalStage, ...]:
+def stages_of(spec: JobSpec) -> tuple[SFTStage | RLStage | EvalStage | FilterStage, ...]:
     """The stages of a job in order; a job of one stage is that stage."""
     return spec.stages if isinstance(spec, PipelineJob) else (spec,)
 
 
-def model_refs(stage: SFTStage | RLStage | EvalStage) -> tuple[ModelRef, ...]:
+def model_refs(stage: SFTStage | RLStage | EvalStage | FilterStage) -> tuple[ModelRef, ...]:
     """The models a stage starts from."""
     return tuple(stage.models.values()) if isinstance(stage, EvalStage) else (stage.model,)

@@ -12,11 +12,27 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from sedsft.config import CEObjective, DFTObjective, GEMObjective, Objective, SEDObjective, SFTConfig
+from sedsft.config import (
+    AdvantageEstimator,
+    CEObjective,
+    DFTObjective,
+    GEMObjective,
+    GRPOConfig,
+    Objective,
+    SEDObjective,
+    SFTConfig,
+)
 from services.checkpoints import CheckpointInfo, installed_versions
 from services.jobspec import JobSpec, ModelRef, RLStage, SFTStage, stages_of
 
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][A-Za-z0-9._-]{0,94}[A-Za-z0-9_]|[A-Za-z0-9_]")
+_ADVANTAGES: dict[AdvantageEstimator, tuple[str, str]] = {
+    "grpo": ("GRPO", "A is the reward normalised within the group of a prompt"),
+    "dr_grpo": ("Dr. GRPO", "A is the reward less its group's mean; losses are divided by responses times max_tokens"),
+    "rloo": ("RLOO", "A is the reward less the mean of its group's others"),
+    "reinforce_pp": ("REINFORCE++", "A is the reward normalised over the iteration"),
+    "reinforce_pp_baseline": ("REINFORCE++ with baseline", "A is the reward less its group's mean, scaled over the iteration"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,9 +96,21 @@ def _training(stage: SFTStage | RLStage, info: CheckpointInfo) -> str:
 def _method(stage: SFTStage | RLStage) -> tuple[str, str]:
     """Name and description of the loss."""
     if isinstance(stage, RLStage):
-        loss = "-min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), ρ = π / π_old, A normalised within the group of a prompt."
-        return "GRPO", f"Loss per response token: {loss}"
+        return _policy_loss(stage.grpo)
     return _objective(stage.sft.objective)
+
+
+def _policy_loss(config: GRPOConfig) -> tuple[str, str]:
+    weight, old = ("-", "π_sampler") if config.tis_cap is None else ("-w ", "π_old")
+    loss = f"{weight}min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), ρ = π / {old}"
+    if config.tis_cap is not None:
+        loss += ", w = min(π_old / π_sampler, tis_cap)"
+    if config.dual_clip is not None:
+        loss += ", at least dual_clip · A for A < 0"
+    if config.kl_weight:
+        loss += "; plus kl_weight (π_ref / π - log(π_ref / π) - 1), π_ref that of the starting model"
+    name, advantage = _ADVANTAGES[config.advantage]
+    return name, f"Loss per response token: {loss}. {advantage}."
 
 
 def _objective(objective: Objective) -> tuple[str, str]:
@@ -103,7 +131,7 @@ def _objective(objective: Objective) -> tuple[str, str]:
 def _settings(stage: SFTStage | RLStage) -> str:
     """Settings that make the method; paths stay out."""
     if isinstance(stage, RLStage):
-        shown = stage.grpo.model_dump(mode="json", exclude={"data", "reward", "optimizer"})
+        shown = stage.grpo.model_dump(mode="json", exclude={"data", "reward", "optimizer", "checkpoints"})
         return _table("Settings", {**shown, **_optimizer(stage.grpo.optimizer.model_dump(mode="json"))})
     config: SFTConfig = stage.sft
     chosen = {"epochs", "steps", "batch_size", "max_length", "precision", "seed"}

@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sedsft.config import Benchmark, DataConfig
-from sedsft.data import BadRow, DataFileError, DataRowsError
+from sedsft.config import Benchmark, DataConfig, RewardConfig
+from sedsft.data import DataFileError
 from sedsft.data.files import find_files, split_pattern
 from sedsft.data.hub import FOLDER, fetch, parse_hub_name
-from sedsft.data.sources import check_sft_rows, read_benchmark, read_prompt_rows
-from sedsft.records import Row
-from sedsft.tasks.countdown import countdown_verdict
+from sedsft.data.sources import check_sft_rows
 from services.checkpoints import MANIFEST
 from services.jobspec import (
     REFERENCE_CPUS,
+    STAGE_DATA,
     EvalStage,
+    FilterStage,
     JobSpec,
     ModelRef,
     PipelineJob,
@@ -33,6 +33,7 @@ from services.jobspec import (
     Stage,
     stages_of,
 )
+from services.reward_check import check_benchmark, check_prompts, remote_problems
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _MAX_HEADER_BYTES = 100 << 20
@@ -126,11 +127,11 @@ def _roles(stage: Stage) -> tuple[RolePlan, ...]:
     if isinstance(stage, SFTStage | RLStage):
         trainer = stage.trainer
         roles.append(RolePlan("trainer", trainer.workers, trainer.cpus_per_worker, trainer.gpus_per_worker))
-    if isinstance(stage, RLStage | EvalStage):
+    if isinstance(stage, RLStage | EvalStage | FilterStage):
         rollout, scorer = stage.rollout, stage.scorer
         roles.append(RolePlan("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
         roles.append(RolePlan("reward", scorer.workers, scorer.cpus_per_worker, 0))
-    if isinstance(stage, EvalStage):
+    if isinstance(stage, EvalStage | FilterStage):
         roles.append(RolePlan("reference", 1, REFERENCE_CPUS, 0))
     return tuple(roles)
 
@@ -167,17 +168,23 @@ def _stage_pointers(spec: JobSpec) -> list[str]:
 # ------------------------------------------------------------------------------------------- paths and content
 
 
-def resolve(spec: JobSpec, roots: Sequence[Path], hub_home: Path | None = None) -> JobSpec:
+def resolve(spec: JobSpec, roots: Sequence[Path], hub_home: Path | None = None, reward_hosts: Sequence[str] = ()) -> JobSpec:
     """The same job with absolute real paths, after everything it names was opened and checked.
 
     Args:
         roots: folders below which every path must lie, symbolic links followed; relative paths start at the first.
         hub_home: folder below which data sets named `hf://owner/name` are downloaded; None: such names are refused.
+        reward_hosts: hosts that remote rewards may ask.
 
     Raises:
         SpecError: all the problems found.
     """
     resolver = _Resolver(tuple(Path(os.path.realpath(root)) for root in roots), hub_home and Path(os.path.realpath(hub_home)))
+    resolver.problems += [
+        SpecProblem(pointer + where, said)
+        for stage, pointer in zip(stages_of(spec), _stage_pointers(spec), strict=True)
+        for where, said in remote_problems(stage, reward_hosts)
+    ]
     stages = [resolver.stage(stage, pointer) for stage, pointer in zip(stages_of(spec), _stage_pointers(spec), strict=True)]
     if resolver.problems:
         raise SpecError(resolver.problems)
@@ -199,24 +206,28 @@ class _Resolver:
         self.problems: list[SpecProblem] = []
         self._verdicts: dict[tuple[Any, ...], str | None] = {}
         self._start_models: dict[str, str] = {}
+        self._filters: list[str] = []
 
     def stage(self, stage: Stage, pointer: str) -> Stage:
         if isinstance(stage, SFTStage):
             sft = stage.sft
-            update: dict[str, Any] = {"data": self._data(sft.data, _read_sft, "sft", f"{pointer}/sft/data/path")}
+            update: dict[str, Any] = {"data": self._data(sft.data, _read_sft, None, f"{pointer}/sft/data/path")}
             if sft.held_out is not None:
-                update["held_out"] = self._data(sft.held_out, _read_sft, "sft", f"{pointer}/sft/held_out/path")
+                update["held_out"] = self._data(sft.held_out, _read_sft, None, f"{pointer}/sft/held_out/path")
             if sft.resume_from is not None:
                 pointer_to = f"{pointer}/sft/resume_from"
                 update["resume_from"] = self._checked(sft.resume_from, pointer_to, ("checkpoint",), _check_checkpoint)
             changes: dict[str, Any] = {"sft": sft.model_copy(update=update)}
         elif isinstance(stage, RLStage):
-            scorer = stage.grpo.reward.name
-            data = self._data(stage.grpo.data, _read_prompts, scorer, f"{pointer}/grpo/data/path")
+            data = self._data(stage.grpo.data, check_prompts, stage.grpo.reward, f"{pointer}/grpo/data/path")
             changes = {"grpo": stage.grpo.model_copy(update={"data": data})}
+        elif isinstance(stage, FilterStage):
+            data = self._data(stage.filter.data, check_prompts, stage.filter.reward, f"{pointer}/filter/data/path")
+            changes = {"filter": stage.filter.model_copy(update={"data": data})}
+            self._filters.append(stage.name)
         else:
             benchmarks = tuple(
-                self._data(benchmark, _read_benchmark, stage.eval.reward.name, f"{pointer}/eval/benchmarks/{index}/path")
+                self._data(benchmark, check_benchmark, stage.eval.reward, f"{pointer}/eval/benchmarks/{index}/path")
                 for index, benchmark in enumerate(stage.eval.benchmarks)
             )
             changes = {"eval": stage.eval.model_copy(update={"benchmarks": benchmarks})}
@@ -238,6 +249,8 @@ class _Resolver:
             return
         if isinstance(stage, RLStage):
             field, max_tokens, refs = "grpo/max_tokens", stage.grpo.max_tokens, [stage.model]
+        elif isinstance(stage, FilterStage):
+            field, max_tokens, refs = "filter/sampling/max_tokens", stage.filter.sampling.max_tokens, [stage.model]
         else:
             field, max_tokens, refs = "eval/sampling/max_tokens", stage.eval.sampling.max_tokens, list(stage.models.values())
         for ref in refs:
@@ -256,17 +269,24 @@ class _Resolver:
         path = self._checked(ref.path, pointer, ("model",), check_model_folder)
         return ref.model_copy(update={"path": path})
 
-    def _data(self, source: P, read: Callable[[P, str], None], purpose: str, pointer: str) -> P:
-        """`purpose` is "sft" or the name of the scorer that will read the golds."""
+    def _data(self, source: P, read: Callable[[P, RewardConfig | None], None], reward: RewardConfig | None, pointer: str) -> P:
+        """`reward` is what will read the golds, if the rows have any."""
+        if reward is not None and isinstance(source, DataConfig) and source.path.startswith(STAGE_DATA):
+            if source.path.removeprefix(STAGE_DATA) not in self._filters:
+                earlier = ", ".join(self._filters) or "there is none yet"
+                said = f"expected {STAGE_DATA}NAME of an earlier filter stage ({earlier}), got {source.path!r}"
+                self.problems.append(SpecProblem(pointer, said))
+            return source
 
         def check(path: Path) -> None:
             try:
-                read(source.model_copy(update={"path": str(path)}), purpose)
+                read(source.model_copy(update={"path": str(path)}), reward)
             except DataFileError as error:
                 raise _Refused(str(error)) from error
 
         settings = source.model_dump_json(exclude={"path", "name"})
-        path = self._checked(source.path, pointer, (read.__name__, purpose, settings), check, self._locate_data)
+        scorer = "" if reward is None else reward.model_dump_json()
+        path = self._checked(source.path, pointer, (read.__name__, scorer, settings), check, self._locate_data)
         return source.model_copy(update={"path": path})
 
     def _locate_data(self, text: str, roots: Sequence[Path]) -> Path:
@@ -320,30 +340,8 @@ def _check_checkpoint(folder: Path) -> None:
         )
 
 
-def _read_sft(data: DataConfig, purpose: str) -> None:
+def _read_sft(data: DataConfig, reward: RewardConfig | None) -> None:
     check_sft_rows(data)
-
-
-def _read_prompts(data: DataConfig, scorer: str) -> None:
-    _check_golds(read_prompt_rows(data).rows, scorer)
-
-
-def _read_benchmark(benchmark: Benchmark, scorer: str) -> None:
-    _check_golds(read_benchmark(benchmark.path, benchmark.max_rows), scorer)
-
-
-def _check_golds(rows: Sequence[Row], scorer: str) -> None:
-    """Refuse golds that the scorer could not read, which would otherwise be an error of every sample."""
-    if scorer != "countdown":
-        return
-    bad = []
-    for row in rows:
-        try:
-            countdown_verdict(row.answer or "", "")
-        except ValueError as error:
-            bad.append(BadRow(row.line, str(error), row.file, kind="not_a_problem"))
-    if bad:
-        raise DataRowsError("gold answers that are countdown problems", bad, "mend these rows or choose another reward")
 
 
 def real_path(text: str, roots: Sequence[Path]) -> Path:

@@ -15,14 +15,17 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
+from sedsft.config import DataConfig
 from services.checkpoints import MANIFEST, verify
-from services.jobspec import JobSpec, ModelRef, stages_of
+from services.jobspec import STAGE_DATA, JobSpec, ModelRef, stages_of
 from services.rundir import CheckpointRecord, Progress, Result, RunWriter, StatusReason
 
 log = logging.getLogger("sedsft.run")
 
 HEARTBEAT_S = 2.0
 LOG_EVERY_S = 5.0
+FILTERED_ROWS = "rows.jsonl"
+"""What a filter stage leaves for later ones."""
 
 
 class Run:
@@ -108,6 +111,13 @@ class Run:
             verify(path)
             self._verified.add(path)
         return path
+
+    def data(self, config: DataConfig) -> DataConfig:
+        """The same data with the file that an earlier filter stage has left where it is named by that stage."""
+        if not config.path.startswith(STAGE_DATA):
+            return config
+        path = self.folder / "stages" / config.path.removeprefix(STAGE_DATA) / FILTERED_ROWS
+        return config.model_copy(update={"path": str(path)})
 
     def published(self, record: CheckpointRecord) -> None:
         """Note a verified checkpoint; its event lets the API list it while the job goes on, and if the job dies."""

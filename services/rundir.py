@@ -10,6 +10,7 @@
         report.html
         stages/<stage>/checkpoints/step-<n>/   MANIFEST.json, weights, tokenizer
         stages/<stage>/*.json                  tables and samples of the stage
+        stages/<stage>/rollouts/*.parquet      rollouts of an rl stage, see services.rollout_record
 
 One process, the driver, writes; any number read. The API can be down meanwhile: it reads on from where it stopped.
 """
@@ -64,6 +65,13 @@ class Result:
     reason: StatusReason | None = None
     checkpoints: tuple[CheckpointRecord, ...] = ()
     stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+def attempts_of(run_folder: Path) -> list[Path]:
+    """Folders of the attempts of a job up to that of `run_folder`, in order."""
+    numbered = {int(folder.name.rpartition("-")[2]): folder for folder in run_folder.parent.glob("attempt-*")}
+    own = int(run_folder.name.rpartition("-")[2])
+    return [numbered[number] for number in sorted(numbered) if number <= own]
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("sedsft", "services", "api")
 WORKERS = ("services.training", "services.rollout", "services.scoring", "services.serving")
+SETTINGS = ("sedsft.config", "sedsft.config_base", "sedsft.reward_config")
 ENVIRONMENT_READERS = {
     "api/settings.py",
     "api/stack.py",
@@ -47,7 +48,7 @@ def forbidden(module: str, imported: str) -> str | None:
     """Why `module` may not import `imported`; None when it may."""
     if within(module, ("sedsft",)) and within(imported, ("ray", "deepspeed", "vllm", "fastapi", "services", "api")):
         return "the library knows neither Ray nor the service"
-    if module == "sedsft.config" and not within(imported, ("__future__", "typing", "pydantic")):
+    if module in SETTINGS and not within(imported, ("__future__", "typing", "pydantic", *SETTINGS)):
         return "the settings import pydantic alone"
     if within(module, ("services",)) and within(imported, ("api", "fastapi")):
         return "the workers do not know the API"

@@ -9,7 +9,8 @@ from fastapi.responses import FileResponse, JSONResponse
 
 from api.auth import require_key
 from api.errors import responses
-from api.jobs.schemas import Checkpoint, DryRun, Event, Job, Logs, Metrics, Page, Tables
+from api.jobs.rollouts import CURSOR, MAX_GROUPS, RolloutQuery
+from api.jobs.schemas import Checkpoint, DryRun, Event, Job, Logs, Metrics, Page, RolloutGroup, Tables
 from api.jobs.service import JobService
 from api.jobs.store import JobRow, JobStatus
 from services.jobspec import JobSpec
@@ -142,6 +143,22 @@ def list_checkpoints(job_id: str, service: Service) -> Page[Checkpoint]:
     service.get(job_id)
     rows = service.store.checkpoints(job_id)
     return Page(data=[Checkpoint.of(row) for row in rows], has_more=False, next_cursor=None)
+
+
+@router.get("/{job_id}/rollouts", responses=responses(404, 500))
+def list_rollouts(
+    job_id: str,
+    service: Service,
+    stage: Annotated[str | None, Query(max_length=63, description="Only this stage.")] = None,
+    iteration: Annotated[int | None, Query(ge=1, description="Only this iteration.")] = None,
+    prompt: Annotated[str | None, Query(max_length=1000, description="Only prompts that contain this text.")] = None,
+    tokens: Annotated[bool, Query(description="Token ids and log-probabilities too.")] = False,
+    after: Annotated[str | None, Query(pattern=CURSOR, description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_GROUPS, description="Largest number of groups.")] = 20,
+) -> Page[RolloutGroup]:
+    """What RL stages sampled and how it was scored, a prompt at a time, oldest first."""
+    query = RolloutQuery(stage, iteration, prompt, tokens, after, limit)
+    return service.rollouts(service.get(job_id), query)
 
 
 @router.get(

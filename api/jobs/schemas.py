@@ -187,3 +187,34 @@ class Checkpoint(BaseModel):
         """The answer for a stored checkpoint."""
         created_at = _timestamp(row.created_at)
         return cls(stage=row.stage, step=row.step, path=row.path, manifest_sha256=row.manifest_sha256, created_at=created_at)
+
+
+class RolloutSample(BaseModel):
+    """One response with its score."""
+
+    response: str
+    num_tokens: int
+    truncated: bool = Field(description="Cut at the token limit.")
+    status: str = Field(description="`scored`, `timeout`, `crashed` or `invalid`.")
+    reward: float | None = Field(description="Null where the response has no score.")
+    extracted: str | None = Field(description="Answer read from the response.")
+    detail: str = Field(description="Why it has no score.")
+    weight_version: int = Field(description="Weights that drew it.")
+    seed: int = Field(description="Seed that it was drawn with.")
+    response_ids: list[int] | None = Field(description="With `tokens`: its token ids.")
+    log_probs: list[float | None] | None = Field(
+        description="With `tokens`: log-probability of each under the sampler, in nats."
+    )
+
+
+class RolloutGroup(BaseModel):
+    """All responses to one prompt in one iteration of an RL stage."""
+
+    object: Literal["rollout_group"] = "rollout_group"
+    stage: str
+    iteration: int = Field(description="Iteration whose update used it.")
+    group: int = Field(description="Place in the iteration, from 0.")
+    line: int = Field(description="Row of the prompt in its data file.")
+    prompt: str = Field(description="The rendered prompt.")
+    answer: str = Field(description="The gold answer.")
+    samples: list[RolloutSample]

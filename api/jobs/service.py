@@ -11,9 +11,11 @@ from pathlib import Path
 
 from api.backends.base import BackendUnreachable
 from api.errors import ApiError, FieldProblem, not_found
-from api.jobs.schemas import DryRun, Logs, MetricPoint, Metrics, ResourcePlan, StageTable, Tables
+from api.jobs.rollouts import RolloutQuery, rollout_page
+from api.jobs.schemas import DryRun, Logs, MetricPoint, Metrics, Page, ResourcePlan, RolloutGroup, StageTable, Tables
 from api.jobs.store import TERMINAL, IdempotencyConflict, JobRow, JobStore, NewJob
 from services import preflight
+from services.errors import RecordingInvalid
 from services.jobspec import JobSpec, stages_of
 from services.rundir import read_lines
 
@@ -24,14 +26,22 @@ class JobService:
     """Jobs as the endpoints see them."""
 
     def __init__(
-        self, store: JobStore, runs: Path, roots: Sequence[Path], cluster: ClusterResources, hub_home: Path | None = None
+        self,
+        store: JobStore,
+        runs: Path,
+        roots: Sequence[Path],
+        cluster: ClusterResources,
+        hub_home: Path | None = None,
+        reward_hosts: Sequence[str] = (),
     ) -> None:
-        """`hub_home`: where data sets of the Hugging Face hub are downloaded; None: they are refused."""
+        """`hub_home`: where data sets of the Hugging Face hub are downloaded; None: they are refused. `reward_hosts`: whom
+        remote rewards may ask."""
         self.store = store
         self._runs = runs
         self._roots = roots
         self._cluster = cluster
         self._hub_home = hub_home
+        self._reward_hosts = reward_hosts
 
     # ------------------------------------------------------------------------------------------------- submit
 
@@ -69,7 +79,7 @@ class JobService:
 
     async def _check(self, spec: JobSpec) -> tuple[JobSpec, preflight.ResourcePlan, dict[str, float]]:
         try:
-            resolved = await asyncio.to_thread(preflight.resolve, spec, self._roots, self._hub_home)
+            resolved = await asyncio.to_thread(preflight.resolve, spec, self._roots, self._hub_home, self._reward_hosts)
             resources = preflight.plan(resolved)
             cluster = await self._cluster()
             preflight.check_capacity(resolved, resources, cluster)
@@ -138,6 +148,13 @@ class JobService:
         """Tables of the stages that have written one."""
         paths = sorted((self.folder(job) / "stages").glob("*/table.json"))
         return Tables(data={path.parent.name: StageTable.model_validate_json(path.read_bytes()) for path in paths})
+
+    def rollouts(self, job: JobRow, query: RolloutQuery) -> Page[RolloutGroup]:
+        """Recorded groups of the job's RL stages, those that earlier attempts left included; 500 for a damaged file."""
+        try:
+            return rollout_page(self.folder(job), query)
+        except RecordingInvalid as error:
+            raise ApiError(500, error.code, error.message) from error
 
     def report(self, job: JobRow) -> Path:
         """The job's report.html, or 404."""

@@ -25,6 +25,7 @@ BadRowKind = Literal[
     "missing_column",
     "no_assistant_turn",
     "no_end_token",
+    "no_self_match",
     "no_trained_token",
     "no_turns",
     "not_a_problem",
@@ -37,6 +38,7 @@ BadRowKind = Literal[
     "unclear_turns",
     "unknown_field",
     "unknown_role",
+    "unparsable_gold",
     "wrong_type",
 ]
 """Why a row cannot be used, for counting; the names stay."""

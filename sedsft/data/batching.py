@@ -48,8 +48,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name.endswith("_BT")}
-        return replace(self, **moved)
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_BT")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
     @classmethod
     def empty(cls) -> Self:
@@ -64,10 +64,13 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PolicyMicroBatch(MicroBatch):
-    """A micro-batch of responses; both extra tensors are aligned with the labels and 0 where there is none."""
+    """A micro-batch of responses; its extra tensors are aligned with the labels and 0 where there is none."""
 
     advantage_BT: torch.Tensor
-    old_log_prob_BT: torch.Tensor
+    sampler_log_prob_BT: torch.Tensor
+    old_log_prob_BT: torch.Tensor | None = None
+    reference_log_prob_BT: torch.Tensor | None = None
+    """These two as in `PolicyRow`: None where the rows have none."""
 
 
 def sft_micro_batches(examples: Sequence[Example], micro_batch_size: int) -> list[MicroBatch]:
@@ -113,26 +116,43 @@ def balanced_shards(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(shard) for shard in shards]
 
 
-def policy_micro_batches(policy_rows: Sequence[PolicyRow], micro_batch_size: int) -> list[PolicyMicroBatch]:
-    """Pad prompts with their responses; every response token is labelled and carries the response's advantage."""
+def policy_micro_batches(
+    policy_rows: Sequence[PolicyRow], micro_batch_size: int, pack_tokens: int | None = None
+) -> list[PolicyMicroBatch]:
+    """Prompts with their responses, padded or packed; every response token is labelled and carries the response's advantage.
+
+    Raises:
+        ValueError: log-probabilities that some rows have and others lack, or as `packed_micro_batches`.
+    """
     batches = []
-    for rows in _by_length([len(r.prompt_ids_T) + len(r.response_ids_R) for r in policy_rows], micro_batch_size):
-        chosen = [policy_rows[row] for row in rows]
-        tensors = _responses([(r.prompt_ids_T, r.response_ids_R) for r in chosen])
-        num_positions = tensors[0].shape[1]
-        starts = [len(r.prompt_ids_T) - 1 for r in chosen]
-        advantages = [np.full(len(r.response_ids_R), r.advantage, np.float32) for r in chosen]
-        old_log_probs = [r.sampler_log_probs_R for r in chosen]
-        floats = (_placed(values, starts, num_positions) for values in (advantages, old_log_probs))
-        batches.append(PolicyMicroBatch(rows, *tensors, advantage_BT=next(floats), old_log_prob_BT=next(floats)))
+    for plain in response_micro_batches(
+        [(r.prompt_ids_T, r.response_ids_R) for r in policy_rows], micro_batch_size, pack_tokens
+    ):
+        chosen = [policy_rows[row] for row in plain.rows]
+        tensors: dict[str, Any] = {
+            "advantage_BT": _placed(plain, [np.full(len(r.response_ids_R), r.advantage, np.float32) for r in chosen]),
+            "sampler_log_prob_BT": _placed(plain, [r.sampler_log_probs_R for r in chosen]),
+            "old_log_prob_BT": _placed_if_any(plain, [r.old_log_probs_R for r in chosen]),
+            "reference_log_prob_BT": _placed_if_any(plain, [r.reference_log_probs_R for r in chosen]),
+        }
+        inputs: dict[str, Any] = {f.name: getattr(plain, f.name) for f in fields(plain)}
+        batches.append(PolicyMicroBatch(**inputs, **tensors))
     return batches
 
 
-def response_micro_batches(sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], micro_batch_size: int) -> list[MicroBatch]:
-    """Pad (prompt ids, response ids) pairs; every response token is labelled."""
-    pairs = [(np.asarray(prompt, np.int64), np.asarray(response, np.int64)) for prompt, response in sequences]
-    chunks = _by_length([len(prompt) + len(response) for prompt, response in pairs], micro_batch_size)
-    return [MicroBatch(rows, *_responses([pairs[row] for row in rows])) for rows in chunks]
+def response_micro_batches(
+    sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], micro_batch_size: int, pack_tokens: int | None = None
+) -> list[MicroBatch]:
+    """(prompt ids, response ids) pairs in batches of at most `micro_batch_size` rows or, with `pack_tokens`, laid end to end;
+    every response token is labelled.
+
+    Raises:
+        ValueError: a pair lacks prompt or response, or as `packed_micro_batches`.
+    """
+    examples = [_response(np.asarray(prompt, np.int32), np.asarray(response, np.int32)) for prompt, response in sequences]
+    if pack_tokens is None:
+        return sft_micro_batches(examples, micro_batch_size)
+    return packed_micro_batches(examples, pack_tokens)
 
 
 def labelled_values(batch: MicroBatch, values_N: torch.Tensor) -> list[npt.NDArray[np.float32]]:
@@ -182,15 +202,12 @@ def _packed(rows: Sequence[int], chosen: Sequence[Example]) -> MicroBatch:
     return MicroBatch(tuple(rows), ids_BT, labels_BT, tuple(len(row) for row in ids))
 
 
-def _responses(
-    pairs: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = []
-    for prompt, response in pairs:
-        if not len(prompt) or not len(response):
-            raise ValueError(f"expected at least one prompt and one response token, got {len(prompt)} and {len(response)}")
-        labels.append(np.concatenate([np.full(len(prompt) - 1, IGNORED_LABEL), response]))
-    return _padded([np.concatenate(pair) for pair in pairs], labels)
+def _response(prompt_T: npt.NDArray[np.int32], response_R: npt.NDArray[np.int32]) -> Example:
+    """A prompt with its response as an example whose response is trained."""
+    num_prompt, num_response = len(prompt_T), len(response_R)
+    if not num_prompt or not num_response:
+        raise ValueError(f"expected at least one prompt and one response token, got {num_prompt} and {num_response}")
+    return Example(np.concatenate([prompt_T, response_R]), np.arange(num_prompt + num_response) >= num_prompt, line=0)
 
 
 def _padded(
@@ -206,8 +223,20 @@ def _padded(
     return torch.from_numpy(ids_BT), torch.from_numpy(labels_BT)
 
 
-def _placed(rows: Sequence[npt.NDArray[np.float32]], starts: Sequence[int], num_positions: int) -> torch.Tensor:
-    values_BT = np.zeros((len(rows), num_positions), np.float32)
-    for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        values_BT[b, start : start + len(row)] = row
+def _placed(batch: MicroBatch, values: Sequence[npt.NDArray[np.float32]]) -> torch.Tensor:
+    """[B, T]: the rows' values, in order, where their labels stand."""
+    labelled_BT = batch.labels_BT.numpy() != IGNORED_LABEL
+    values_BT = np.zeros(labelled_BT.shape, np.float32)
+    values_BT[labelled_BT] = np.concatenate(values)
     return torch.from_numpy(values_BT)
+
+
+def _placed_if_any(batch: MicroBatch, values: Sequence[npt.NDArray[np.float32] | None]) -> torch.Tensor | None:
+    given = [row for row in values if row is not None]
+    if not given:
+        return None
+    if len(given) < len(values):
+        raise ValueError(
+            f"expected log-probabilities of all rows of a batch or of none, got those of {len(given)} of {len(values)}"
+        )
+    return _placed(batch, given)

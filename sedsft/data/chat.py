@@ -115,7 +115,7 @@ def encode_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_
         if len(ids) > max_prompt_tokens:
             too_long.append(BadRow(row.line, f"{len(ids)} tokens", row.file, kind="too_long"))
         else:
-            prompts.append(Prompt(tuple(ids), text, row.answer, row.line))
+            prompts.append(Prompt(tuple(ids), text, row.answer, row.line, row.data_source))
     if bad:
         raise DataRowsError("prompts that the chat template can render", bad, "mend or remove these rows")
     if too_long and not prompts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -60,6 +60,32 @@ class RowOrder:
 
     def _permutation(self, number: int) -> npt.NDArray[np.int64]:
         return _permutation(self.num_rows, self.seed % 2**64, number)
+
+
+class RefillOrder:
+    """Rows of one step and of its refills: refills go on where the last step of the whole run ends, and skip what the step has.
+
+    Which rows a refill draws depends on the rows drawn before it in the same step, and on nothing else.
+    """
+
+    def __init__(self, order: RowOrder, step: int, max_refills: int) -> None:
+        """`order` has `steps`; `step` is counted from 0."""
+        self._first, self._max_refills = order.num_steps + step * max_refills - 1, max_refills
+        self._rows = order.batch(step)
+        self._order = replace(order, steps=order.num_steps * (1 + max_refills))
+        self._taken: set[int] = set()
+
+    def draw(self, refill: int, count: int) -> list[int]:
+        """At most `count` rows, for `refill` 0 the first ones of the step; fewer where rows of the refill are taken already."""
+        if not 0 <= refill <= self._max_refills:
+            raise IndexError(f"expected a refill in 0..{self._max_refills}, got {refill}")
+        if refill == 0:
+            rows = [int(row) for row in self._rows[:count]]
+        else:
+            following = dict.fromkeys(int(row) for row in self._order.batch(self._first + refill))
+            rows = [row for row in following if row not in self._taken][:count]
+        self._taken.update(rows)
+        return rows
 
 
 @lru_cache(maxsize=4)

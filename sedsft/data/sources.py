@@ -28,7 +28,7 @@ from sedsft.config import DataConfig, Layout
 from sedsft.data import BadRow, DataFileError, DataRowsError, RowTally
 from sedsft.data.files import Placed, read_values
 from sedsft.data.layouts import Purpose, check_layout, conversation, detect, prompt_and_gold, rename, tokens
-from sedsft.data.values import Malformed, RowObject, Turn, column, gold, kind, text_column, turn
+from sedsft.data.values import Malformed, RowObject, Turn, column, gold, kind, optional_text, text_column, turn
 from sedsft.records import Example, Row
 
 
@@ -101,7 +101,8 @@ def read_prompt_rows(config: DataConfig) -> PromptRows:
 
     def convert(row: RowObject, layout: Layout, placed: Placed) -> Row:
         messages, answer = prompt_and_gold(row, layout)
-        return Row(_with_system(messages, config.system_prompt), answer, placed.line, placed.file)
+        source = optional_text(row, "data_source") if layout == "verl" else None
+        return Row(_with_system(messages, config.system_prompt), answer, placed.line, placed.file, source or "")
 
     rows: list[Row] = []
     bad: list[BadRow] = []

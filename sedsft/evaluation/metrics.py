@@ -21,7 +21,7 @@ Figure = float | int | str | None
 def summarise(groups: Sequence[RolloutGroup], pass_k: Sequence[int]) -> dict[str, Figure]:
     """One row of an evaluation table.
 
-    `avg` is Avg@n: the mean over prompts of the share of right samples (reward > 0). `pass@k` is the mean of the unbiased
+    `avg` is Avg@n: the mean over prompts of the share of right samples. `pass@k` is the mean of the unbiased
     estimate over prompts with at least k scored samples; `pass@k_left_out` counts the other prompts and is there only when
     some are. `distinct_answers` and `distinct_correct` are means over prompts of the number of different answers read from
     scored samples, and from right ones. `self_bleu` (0..100) is the mean over prompts. `token_entropy` see there.
@@ -32,7 +32,7 @@ def summarise(groups: Sequence[RolloutGroup], pass_k: Sequence[int]) -> dict[str
     """
     _check(groups)
     scored = [_scored(group) for group in groups]
-    rights = [(len(scores), sum(score.reward > 0 for score in scores)) for scores in scored]
+    rights = [(len(scores), sum(score.right for score in scores)) for scores in scored]
     samples = [sample for group in groups for sample in group.samples]
     all_scored = [score for scores in scored for score in scores]
     row: dict[str, Figure] = {
@@ -49,7 +49,7 @@ def summarise(groups: Sequence[RolloutGroup], pass_k: Sequence[int]) -> dict[str
         "self_bleu": _mean(bleu for bleu in bleus if bleu is not None),
         "self_bleu_signature": self_bleu_signature(max((len(group.samples) for group in groups), default=0)),
         "distinct_answers": _mean(distinct_answers(s.extracted for s in scores) for scores in scored if scores),
-        "distinct_correct": _mean(distinct_answers(s.extracted for s in scores if s.reward > 0) for scores in scored if scores),
+        "distinct_correct": _mean(distinct_answers(s.extracted for s in scores if s.right) for scores in scored if scores),
         "token_entropy": token_entropy(samples),
         "response_tokens": _mean(len(sample.response_ids) for sample in samples),
         "truncated": _mean(sample.truncated for sample in samples),
@@ -73,8 +73,8 @@ def readiness(groups: Sequence[RolloutGroup]) -> dict[str, Figure]:
     figures: dict[str, Figure] = {
         "prompts": len(groups),
         "group_size": max((len(group.samples) for group in groups), default=0),
-        "pass@1": _mean(avg_at_n(len(scores), sum(s.reward > 0 for s in scores)) for scores in scored),
-        "pass@G": _mean(any(s.reward > 0 for s in scores) for scores in scored),
+        "pass@1": _mean(avg_at_n(len(scores), sum(s.right for s in scores)) for scores in scored),
+        "pass@G": _mean(any(s.right for s in scores) for scores in scored),
         "groups_with_variance": _mean(len({s.reward for s in scores}) > 1 for scores in scored),
         "distinct_answers": _mean(distinct_answers(s.extracted for s in scores) for scores in scored),
         "token_entropy": token_entropy([sample for group in groups for sample in group.samples]),

@@ -79,19 +79,26 @@ def last_box(response: str) -> str | None:
 
     A box that is never closed, as in a truncated response, is no answer. Of nested boxes the outermost counts. One pass.
     """
-    tail = response.rpartition("</think>")[2]
+    found = boxes(response.rpartition("</think>")[2])
+    return found[-1] if found else None
+
+
+def boxes(text: str) -> list[str]:
+    """Contents of all balanced boxes in the order of their ends, without boxes inside others. One pass."""
     open_boxes: list[int] = []  # where the content of each open brace's box begins; -1 for a brace that is no box
-    span: tuple[int, int] | None = None
-    for match in _BOX.finditer(tail):
+    spans: list[tuple[int, int]] = []
+    for match in _BOX.finditer(text):
         if match["open"]:
             open_boxes.append(match.end())
         elif match["bare"]:
-            span = match.span("bare")
+            spans.append(match.span("bare"))
         elif match[0] == "{":
             open_boxes.append(-1)
         elif match[0] == "}" and open_boxes and (start := open_boxes.pop()) >= 0:
-            span = start, match.start()
-    return None if span is None else tail[span[0] : span[1]]
+            while spans and spans[-1][0] >= start:
+                spans.pop()
+            spans.append((start, match.start()))
+    return [text[start:end] for start, end in spans]
 
 
 def read_answer(raw: str) -> Answer:
@@ -113,6 +120,7 @@ def read_answer(raw: str) -> Answer:
     text = _braced_arguments(_one_number(text))
     text = _unwrapped(_SPACE.sub(_needed_space, text))
     text = re.sub(r"([_^])\{([A-Za-z0-9])\}(?![0-9])", r"\1\2", text)
+    text = re.sub(r"^\{([0-9A-Z]+)\}(?=_)", r"\1", text)
     if choice := re.fullmatch(r"\(?([A-Z])\)?", text):
         text = choice[1]
     return Answer(text, unit, percent)
@@ -142,12 +150,12 @@ def _words(text: str, percent: bool) -> Answer:
 def _unwrapped(text: str) -> str:
     """`text` without outer spaces, outer braces around the whole and a full stop at the end."""
     text = text.strip().rstrip(".,;").strip()
-    while text.startswith("{") and _closing_brace(text) == len(text) - 1:
+    while text.startswith("{") and closing_brace(text) == len(text) - 1:
         text = text[1:-1].strip()
     return text
 
 
-def _closing_brace(text: str) -> int:
+def closing_brace(text: str) -> int:
     """Position of the brace that closes the first one; -1 without it."""
     depth = 0
     for position, char in enumerate(text):

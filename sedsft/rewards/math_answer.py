@@ -23,6 +23,7 @@ from math_verify.parser import LatexExtractionConfig
 
 from sedsft.rewards.answer_text import Answer, last_box, read_answer
 from sedsft.rewards.exact_number import exact_number
+from sedsft.rewards.numeric import differ
 from sedsft.rewards.verdict import Verdict
 
 MAX_CHARS = 512
@@ -30,6 +31,8 @@ MAX_NESTING = 50
 MAX_DIGITS = 64
 MAX_EXPONENT = 10_000
 MAX_FACTORIAL = 1_000
+MAX_TOWER = 24
+"""Largest product of the numbers in a raised exponent: where a b <= 24, a^b is at most 3^8."""
 MAX_EXPANSION = 50
 """Largest product of exponents on sums and functions in an answer with variables, since sympy multiplies those out."""
 DECIMAL_RELATIVE_TOLERANCE = 1e-5
@@ -55,7 +58,7 @@ _ASSIGNMENT = re.compile(r"^(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?)(?
 
 
 def math_verdict(gold: str, response: str) -> Verdict:
-    """Reward 1 when the last boxed answer of `response` equals `gold`, else 0; `extracted` is None without an answer.
+    """Whether the last boxed answer of `response` equals `gold`; `extracted` is None without an answer.
 
     Raises:
         TimeoutError: the algebra did not finish, so equality is unknown.
@@ -63,13 +66,18 @@ def math_verdict(gold: str, response: str) -> Verdict:
     """
     raw = last_box(response)
     if raw is None or not raw.strip():
-        return Verdict(0.0, None)
-    if len(raw) > MAX_CHARS or _nesting(raw) > MAX_NESTING:
-        return Verdict(float(raw.strip() == gold.strip()), raw.strip()[:MAX_CHARS])
+        return Verdict("no_answer", False, None)
+    if text_only(raw) or text_only(gold):
+        return Verdict("scored", raw.strip() == gold.strip(), raw.strip()[:MAX_CHARS])
     truth, answer = read_answer(gold), read_answer(raw)
     if _equal(truth, answer):
-        return Verdict(1.0, _canonical(truth.text))
-    return Verdict(0.0, _canonical(answer.text))
+        return Verdict("scored", True, _canonical(truth.text))
+    return Verdict("scored", False, _canonical(answer.text))
+
+
+def text_only(raw: str) -> bool:
+    """Whether `raw` is too long or too deep to be compared by more than its characters."""
+    return len(raw) > MAX_CHARS or _nesting(raw) > MAX_NESTING
 
 
 def _canonical(text: str) -> str:
@@ -83,6 +91,8 @@ def _equal(gold: Answer, answer: Answer) -> bool:
         return False
     if gold.text == answer.text:
         return True
+    if gold.is_words and answer.is_words and gold.text.replace(" ", "") == answer.text.replace(" ", ""):
+        return True  # data sets that drop every space spell golds such as `twolines`
     if gold.is_words or (answer.is_words and not gold.text.isalpha()):
         return False
     gold_text, answer_text = gold.text, _without_choice_letter(gold.text, answer.text)
@@ -102,7 +112,7 @@ def _equal(gold: Answer, answer: Answer) -> bool:
     same_list = _same_list(gold_text, answer_text)
     if same_list is not None:
         return same_list
-    return not _too_costly(answer_text, gold_text) and _algebra_equal(gold_text, answer_text)
+    return algebra_equal(gold_text, answer_text)
 
 
 def _without_choice_letter(gold: str, answer: str) -> str:
@@ -209,7 +219,10 @@ def _too_costly(answer: str, gold: str) -> bool:
     if re.search(r"[)}\]!]\s*!", answer):
         return True
     exponents = _exponents(answer)
-    if any("^" in exponent for exponent in exponents) and not any("^" in exponent for exponent in _exponents(gold)):
+    towers = [exponent for exponent in exponents if "^" in exponent]
+    if towers and not any("^" in exponent for exponent in _exponents(gold)):
+        return True
+    if any(tower.count("^") > 1 or _product([tower]) > MAX_TOWER for tower in towers):
         return True
     if _product(exponents) > MAX_EXPONENT:
         return True
@@ -250,12 +263,20 @@ def _parsed(text: str) -> Any:
     return next((item for item in found if not isinstance(item, str)), None)
 
 
-def _algebra_equal(gold: str, answer: str) -> bool:
+def algebra_equal(gold: str, answer: str) -> bool:
+    """Whether sympy shows two texts of bounded length and depth to be equal; False for what could take unbounded time.
+
+    Raises:
+        TimeoutError: the algebra did not finish, so equality is unknown.
+        RuntimeError: called outside the main thread, where math-verify cannot bound its time.
+    """
+    if _too_costly(answer, gold) or _too_costly(gold, gold):
+        return False
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("expected the main thread of a scoring process (math-verify uses SIGALRM), got another thread")
     try:
         gold_expression, answer_expression = _parsed(gold), _parsed(answer)
-        if gold_expression is None or answer_expression is None:
+        if gold_expression is None or answer_expression is None or differ(gold_expression, answer_expression):
             return False
         return bool(
             verify(

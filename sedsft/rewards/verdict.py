@@ -1,17 +1,34 @@
-"""What a scorer returns."""
+"""What scorers take and return."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+VerdictStatus = Literal["scored", "no_answer", "timeout", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Reward of one response and the answer read from it.
+    """Whether an output answers as the gold does.
 
-    `extracted` is None when the response holds no answer; otherwise it is written so that answers which are the same to the
-    scorer share one string, and counting different strings counts different answers.
+    `scored`: compared. `no_answer`: the output holds no answer, which is wrong. `timeout` and `error`: not compared, so
+    nothing is known and `correct` is None; neither may be taken for wrong.
     """
 
-    reward: float
+    status: VerdictStatus
+    correct: bool | None
     extracted: str | None
+    """The answer read from the output, written so that answers which are the same to the scorer share one string."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """Reward of one response: the weighted sum of its components."""
+
+    reward: float
+    extracted: str | None = None
+    correct: bool | None = None
+    """Whether the answer is right; None where no component reads an answer."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Each component's reward by its type, before its weight."""

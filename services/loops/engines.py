@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import Any
 
 from sedsft.config import Precision, RewardConfig, SamplingConfig
-from sedsft.records import Prompt, RolloutGroup, Score
+from sedsft.records import Prompt, RolloutGroup, Score, ScoringItem
 from services.errors import RewardFailure
 from services.jobspec import RolloutResources, ScorerResources
 from services.placement import actor_groups
-from services.rollout.fleet import RolloutFleet, rollout_spec
+from services.rollout.fleet import RolloutFleet, prompt_seed, rollout_spec
 from services.run import Run
 from services.scoring.fleet import ScoringFleet, scoring_spec
 
@@ -100,7 +100,8 @@ class Engines:
         engines, scorers = self._stack.enter_context(actor_groups(specs, self._run.job_id))
         self._scorers = ScoringFleet(scorers, request.scorer)
         self._scorers.start(request.reward)
-        self._fleet = RolloutFleet(engines, request.rollout)
+        self._fleet = RolloutFleet(engines, request.rollout, self._run.event)
+        self._stack.callback(self._fleet.close)
         self._fleet.start(str(request.model_path), request.precision)
         self._key = key
         self._started = False
@@ -115,16 +116,24 @@ class Engines:
             self._started = True
         return self._fleet
 
-    def next_version(self) -> int:
-        """Number of the next weights; never used twice in a job."""
-        self._version += 1
+    def resize(self, workers: int) -> None:
+        """Have so many engines; nobody waits for new ones. Any thread may call it."""
+        assert self._fleet is not None, "start engines first"
+        self._fleet.resize(workers)
+
+    def next_version(self, at_least: int = 1) -> int:
+        """Number of the next weights; never used twice in an attempt. A resumed stage asks for the number they had before."""
+        self._version = max(self._version + 1, at_least)
         return self._version
 
     def sample(self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int) -> list[RolloutGroup]:
         """`group_size` responses for each prompt, not yet scored."""
         assert self._fleet is not None, "start engines first"
         groups = self._fleet.generate(prompts, group_size, sampling, seed, timeout_s=GENERATE_TIMEOUT_S)
-        return [RolloutGroup(prompt, samples) for prompt, samples in zip(prompts, groups, strict=True)]
+        return [
+            RolloutGroup(prompt, samples, seed=prompt_seed(seed, index))
+            for index, (prompt, samples) in enumerate(zip(prompts, groups, strict=True))
+        ]
 
     def score(self, groups: Sequence[RolloutGroup], max_error_share: float) -> list[RolloutGroup]:
         """The groups with a score for every sample.
@@ -133,7 +142,11 @@ class Engines:
             RewardFailure: more than `max_error_share` of the samples could not be scored.
         """
         assert self._scorers is not None, "start engines first"
-        items = [(group.prompt.answer, sample.text) for group in groups for sample in group.samples]
+        items = [
+            ScoringItem(group.prompt.answer, sample.text, len(sample.response_ids), group.prompt.data_source)
+            for group in groups
+            for sample in group.samples
+        ]
         scores = self._scorers.score(items, timeout_s=SCORE_TIMEOUT_S)
         check_errors(scores, max_error_share)
         rest = iter(scores)

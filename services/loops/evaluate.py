@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sedsft.config import Benchmark, EvalConfig, SamplingConfig
+from sedsft.config import Benchmark, EvalConfig, FilterConfig, SamplingConfig
 from sedsft.data.chat import encode_prompts, load_tokenizer
 from sedsft.data.sources import read_benchmark
 from sedsft.evaluation.metrics import mean_row, summarise
@@ -51,7 +51,7 @@ def run_evaluation(run: Run, stage: EvalStage, folder: Path, engines: Engines) -
             run.phase("loading", model_index * len(benchmarks), steps)
             probe = benchmarks[0][1][:PROBE_PROMPTS]
             engines.start(request(path))
-            _load(run, config, folder, engines, reference, path, probe)
+            load_model(run, config, folder, engines, reference, path, probe)
             for index, (benchmark, prompts) in enumerate(benchmarks, start=model_index * len(benchmarks) + 1):
                 run.phase("eval", index, steps)
                 groups = engines.sample(prompts, config.samples, config.sampling, config.seed)
@@ -72,8 +72,14 @@ def _problems(config: EvalConfig, benchmark: Benchmark, model_path: Path) -> lis
     return list(encode_prompts(rows, load_tokenizer(model_path), max_prompt_tokens=2**31).prompts)
 
 
-def _load(
-    run: Run, config: EvalConfig, folder: Path, engines: Engines, reference: ActorGroup, path: Path, probe: Sequence[Prompt]
+def load_model(
+    run: Run,
+    config: EvalConfig | FilterConfig,
+    folder: Path,
+    engines: Engines,
+    reference: ActorGroup,
+    path: Path,
+    probe: Sequence[Prompt],
 ) -> None:
     """Bring the model of `path` into the engines and check them against transformers on the same files."""
 

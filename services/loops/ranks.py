@@ -54,13 +54,6 @@ def merge_sums(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: first[name] if name in SAME_ON_ALL_RANKS else sum(rank[name] for rank in per_rank) for name in first}
 
 
-def publish(run: Run, trainers: ActorGroup, folder: Path, info: CheckpointInfo, card: str) -> None:
-    """Save the model of all ranks as a verified checkpoint below the stage's `folder`."""
-    writing = checkpoints.begin(folder / "checkpoints", info.step, int(run.attempt))
-    files: list[FileRecord] = [file for rank in trainers.call("save", writing, timeout_s=SAVE_TIMEOUT_S) for file in rank]
-    publish_files(run, writing, files, info, card)
-
-
 def publish_files(run: Run, writing: Path, files: Sequence[FileRecord], info: CheckpointInfo, card: str) -> None:
     """Make what all ranks wrote into `writing`, with the model card `card`, a visible checkpoint."""
     (writing / MODEL_CARD).write_text(card, encoding="utf-8")

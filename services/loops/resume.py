@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sedsft.data.store import ExampleStore
+from sedsft.records import Prompt
 from services.checkpoints import (
     MANIFEST,
     CheckpointInfo,
@@ -18,9 +22,10 @@ from services.checkpoints import (
     weights_sha256,
 )
 from services.errors import CheckpointInvalid
-from services.jobspec import SFTStage
+from services.jobspec import RLStage, SFTStage
 from services.loops.ranks import spec_sha256
 from services.run import Run
+from services.rundir import attempts_of
 
 
 def identity_of(stage: SFTStage, model_path: Path, training: ExampleStore, held_out: ExampleStore) -> dict[str, Any]:
@@ -38,10 +43,24 @@ def identity_of(stage: SFTStage, model_path: Path, training: ExampleStore, held_
     return identity if stage.sft.lora is None else identity | {"model_sha256": weights_sha256(model_path)}
 
 
-def resume_point(run: Run, stage: SFTStage, identity: dict[str, Any]) -> tuple[Path, CheckpointInfo] | None:
+def policy_identity_of(stage: RLStage, model_path: Path, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What must not change between recorded rollouts or a checkpoint of an RL stage and the run that goes on from them.
+
+    How many engines and scorers there are does not matter. The model does: rollouts of the first iterations are its own.
+    """
+    rows = "\n".join(json.dumps(asdict(prompt), sort_keys=True) for prompt in prompts)
+    return {
+        "stage": stage.model_dump(mode="json", exclude={"grpo": {"checkpoints"}, "rollout": True, "scorer": True}),
+        "data_sha256": hashlib.sha256(rows.encode()).hexdigest(),
+        "tokenizer_sha256": tokenizer_sha256(model_path),
+        "model_sha256": weights_sha256(model_path),
+    }
+
+
+def resume_point(run: Run, stage: SFTStage | RLStage, identity: dict[str, Any]) -> tuple[Path, CheckpointInfo] | None:
     """The verified checkpoint that the stage goes on from; None where it starts from its model.
 
-    Earlier attempts of this job come before `resume_from`. Broken checkpoints on the way are reported as events.
+    Earlier attempts of this job come before an SFT stage's `resume_from`. Broken checkpoints on the way are reported as events.
 
     Raises:
         CheckpointInvalid: there is a history and nothing good in it, or it belongs to other settings.
@@ -54,13 +73,13 @@ def resume_point(run: Run, stage: SFTStage, identity: dict[str, Any]) -> tuple[P
     return path, replace(manifest.info, spec_sha256=spec_sha256(run))
 
 
-def _newest(run: Run, stage: SFTStage) -> tuple[Path, Manifest] | None:
+def _newest(run: Run, stage: SFTStage | RLStage) -> tuple[Path, Manifest] | None:
     def report(path: Path, error: CheckpointInvalid) -> None:
         run.event("checkpoint_broken", error.message, path=str(path))
 
-    attempts = sorted(run.folder.parent.glob("attempt-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    attempts = attempts_of(run.folder)
     found = newest_good([attempt / "stages" / stage.name / "checkpoints" for attempt in attempts], report)
-    if found is not None or stage.sft.resume_from is None:
+    if found is not None or isinstance(stage, RLStage) or stage.sft.resume_from is None:
         return found
     source = Path(stage.sft.resume_from)
     if (source / MANIFEST).exists():

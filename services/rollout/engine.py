@@ -75,6 +75,7 @@ class Engine:
         self.max_model_len: int = self._llm.model_config.max_model_len
         self._tokenizer = self._llm.get_tokenizer()
         self._request_ids = itertools.count()
+        self._cuts: set[asyncio.Future[None]] = set()
         self._processes = multiprocessing.active_children()
         self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for process in self._processes:
@@ -128,8 +129,20 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        stream = self._llm.generate(tokens_input(list(prompt_ids)), params, request_id=str(next(self._request_ids)))
-        return [output async for output in stream][-1]
+        request_id = str(next(self._request_ids))
+        loop = asyncio.get_running_loop()
+        cap = loop.call_later(request.sample_timeout_s, self._cut, request_id)
+        try:
+            stream = self._llm.generate(tokens_input(list(prompt_ids)), params, request_id=request_id)
+            return [output async for output in stream][-1]
+        finally:
+            cap.cancel()
+
+    def _cut(self, request_id: str) -> None:
+        """End a request's samples as they are: an aborted request still yields what it has."""
+        task = asyncio.ensure_future(self._llm.abort(request_id))
+        self._cuts.add(task)
+        task.add_done_callback(self._cuts.discard)
 
     async def load_weights(self, folder: str) -> None:
         """Replace the weights in place and forget the keys and values that the old ones made."""
@@ -140,9 +153,13 @@ class Engine:
                 "every generate call has ended"
             )
 
-    async def health(self) -> None:
-        """Raise `WorkerDied` if a process of the engine ended."""
-        await self._unless_dead(self._llm.check_health())
+    async def heartbeat(self) -> None:
+        """Return when the engine's loop has answered; a frozen one does not, though vLLM's own health check calls it well.
+
+        Raises:
+            WorkerDied: a process of the engine ended.
+        """
+        await self._unless_dead(self._llm.is_sleeping())
 
     def pids(self) -> list[int]:
         """Process ids of the engine's processes."""
@@ -155,6 +172,7 @@ def _sample(completion: vllm.outputs.CompletionOutput, text: str, version: int) 
         response_ids=tuple(completion.token_ids),
         log_probs=tuple(completion.logprobs.logprobs),
         text=text,
-        truncated=completion.finish_reason == "length",
+        truncated=completion.finish_reason in ("length", "abort"),
         weight_version=version,
+        timed_out=completion.finish_reason == "abort",
     )

@@ -1,20 +1,33 @@
-"""The driver's view of all rollout engines: start, spread prompts over them, load weights, stop."""
+"""The driver's view of all rollout engines: start, stream prompts to them, load weights, come and go."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import shutil
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sedsft.config import Precision, SamplingConfig
 from sedsft.records import Prompt, Sample
-from services.actor_group import ActorGroup, ActorSpec, first_ready
-from services.errors import DataError, PhaseTimeout
+from services.actor_group import ActorGroup, ActorSpec, tend_while_waiting
+from services.errors import DataError, PhaseTimeout, WorkerDied
 from services.jobspec import RolloutResources
+from services.rollout.dispatch import Dispatcher, Life, Load
+from services.rollout.health import Event, HealthLimits, State
+from services.rollout.keeper import EventSink, Keeper, Refit
 from services.rollout.worker import GenerateRequest, RolloutSetup, RolloutWorker
 
-_CONCURRENT_CALLS = 64
+log = logging.getLogger("sedsft.rollout")
+
+_SPARE_CALLS = 16
+"""Calls of an engine beside those that sample, heartbeats above all: they must not queue behind them."""
 
 
 def rollout_spec(resources: RolloutResources) -> ActorSpec:
@@ -39,9 +52,26 @@ def rollout_spec(resources: RolloutResources) -> ActorSpec:
         cpus=resources.cpus_per_worker,
         gpus=resources.gpus_per_worker,
         env=env,
-        max_concurrency=_CONCURRENT_CALLS,
-        health="health",
+        max_concurrency=_samples_held(resources) + _SPARE_CALLS,
+        elastic=True,
     )
+
+
+def _samples_held(resources: RolloutResources) -> int:
+    """Samples that an engine is given at a time: those it decodes, and as many that wait for a place in its batch."""
+    return 2 * resources.max_num_seqs
+
+
+def health_limits(resources: RolloutResources) -> HealthLimits:
+    """How long an engine may be silent, and how often it may come back."""
+    owed_s = resources.heartbeat_timeout_s
+    return HealthLimits(
+        heartbeat_s=min(2.0, owed_s / 8), suspect_after_s=owed_s / 4, dead_after_s=owed_s, restarts=resources.restarts
+    )
+
+
+def _logged(kind: str, message: str, /, **_: Any) -> None:
+    log.info("%s: %s", kind, message)
 
 
 def prompt_seed(seed: int, index: int) -> int:
@@ -50,100 +80,278 @@ def prompt_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "big") >> 2
 
 
-class RolloutFleet:
-    """All engines, always at the same weight version when samples are asked for."""
+@dataclass(frozen=True)
+class _Job:
+    """What one `generate` call asks for, beside its prompts."""
 
-    def __init__(self, group: ActorGroup, resources: RolloutResources) -> None:
+    group_size: int
+    sampling: SamplingConfig
+    seed: int
+
+
+class RolloutFleet:
+    """All engines. Those that serve are at the same weight version, which a probe has shown; the others are mended meanwhile.
+
+    Calls exclude each other, so a weight sync waits for a `generate` in another thread and the other way round. While no call
+    runs, engines are mended whenever this process waits for another group's work.
+    """
+
+    def __init__(self, group: ActorGroup, resources: RolloutResources, event: EventSink = _logged) -> None:
         self._group = group
         self._resources = resources
-        self._starting: list[Any] = []
-        self._max_model_len = 0
+        self._event = event
+        self._keeper: Keeper | None = None
+        self._lock = threading.RLock()
         self._version = 0
+        self._counts: Counter[str] = Counter()
+        self._end_tending: Callable[[], None] | None = None
 
     def __len__(self) -> int:
-        return len(self._group)
+        return len(self._kept().engines()) if self._keeper else len(self._group)
 
     def start(self, model_path: str, dtype: Precision) -> None:
-        """Begin to build every engine on the model folder, at weight version 0; `ready` waits for them."""
+        """Begin to build every engine on the model folder; `ready` waits for them."""
         setup = RolloutSetup(model_path, dtype, self._resources)
-        self._starting = [self._group.start(engine, "start", setup) for engine in range(len(self))]
+        self._keeper = Keeper(self._group, setup, health_limits(self._resources), self._event)
+        self._end_tending = tend_while_waiting(self._tend)
 
     def ready(self, *, timeout_s: float) -> None:
-        """Wait until every engine is built.
+        """Wait until every engine is built, or died as often as it may. None serves before a weight sync.
 
         Raises:
             ModelError: vLLM does not take the model.
+            WorkerDied: no engine is left.
+            PhaseTimeout: not within `timeout_s` seconds.
         """
-        self._max_model_len = min(self._group.wait(self._starting, list(range(len(self))), "start", timeout_s))
+        keeper, deadline = self._kept(), time.monotonic() + timeout_s
+        with self._lock:
+            while late := [life for life in keeper.coming() if life not in keeper.lives(State.STALE, State.READY)]:
+                if time.monotonic() > deadline:
+                    raise PhaseTimeout(
+                        f"expected {', '.join(map(str, late))} to be built within {timeout_s:.0f} s; look at their lines in "
+                        "the job's log, or whether the cluster has room for them"
+                    )
+                keeper.pump(deadline - time.monotonic())
+            if not keeper.lives(State.STALE, State.READY):
+                raise _nobody_left(keeper)
+
+    def states(self) -> dict[int, State]:
+        """State of every engine, by index."""
+        return self._kept().states()
+
+    def counts(self) -> dict[str, int]:
+        """Since the start: prompts `redispatched`, answers dropped as `late` or `wrong_version`, samples `timed_out`."""
+        return {name: self._counts[name] for name in ("redispatched", "late", "wrong_version", "timed_out")}
+
+    def resize(self, workers: int) -> None:
+        """Have so many engines. Any thread may call it, also while others sample: a removed engine's prompts go to others, a
+        new one serves once it has been built and holds the current weights; nobody waits for it. The event `engine_refused`
+        says when the cluster does not hold one more.
+        """
+        if workers < 1:
+            raise ValueError(f"expected at least 1 rollout worker, got {workers}; end the job to stop all")
+        self._kept().resize(workers)
+        self._tend()
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int, *, timeout_s: float
     ) -> list[tuple[Sample, ...]]:
-        """`group_size` samples for each prompt, in the prompts' order.
+        """`group_size` samples for each prompt, in the prompts' order, each drawn with the current weights.
 
-        Prompts go in chunks to the engine with the fewest sequences; the samples of one prompt stay on one engine. Same
-        prompts, `seed` and weights give the same seeds whatever the number of engines; tokens can still differ where
-        rounding depends on the batch.
+        Prompts go one by one to the engine with the fewest samples; those of an engine that is lost go to another, once. Same
+        prompts, `seed` and weights give the same seeds whatever the number of engines; tokens can still differ where rounding
+        depends on the batch.
 
         Raises:
             DataError: a prompt leaves too little room for the response.
-            WorkerDied, PhaseTimeout: as `ActorGroup.wait`; the first failure of any engine ends the call.
+            WorkerDied: no engine is left, a prompt lost two, or a member of another group died.
+            PhaseTimeout: not within `timeout_s` seconds.
         """
         self._check_lengths(prompts, sampling.max_tokens)
-        deadline = time.monotonic() + timeout_s
-        limit = 2 * self._resources.max_num_seqs
-        chunk = max(1, self._resources.max_num_seqs // (4 * group_size))
-        starts = list(range(0, len(prompts), chunk))[::-1]
-        load = [0] * len(self._group)
-        running: dict[Any, tuple[int, int]] = {}
-        groups: list[tuple[Sample, ...]] = [()] * len(prompts)
-        while starts or running:
-            while starts and (min(load) == 0 or min(load) + chunk * group_size <= limit):
-                engine = load.index(min(load))
-                start = starts.pop()
-                part = prompts[start : start + chunk]
-                seeds = tuple(prompt_seed(seed, start + i) for i in range(len(part)))
-                request = GenerateRequest(tuple(p.prompt_ids for p in part), seeds, group_size, sampling, self._version)
-                running[self._group.start(engine, "generate", request)] = (engine, start)
-                load[engine] += chunk * group_size
-            ready = first_ready(list(running), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = sorted({f"{self._group.role}-{engine}" for engine, _ in running.values()})
-                raise PhaseTimeout(
-                    f"expected {len(prompts)} prompts x {group_size} samples within {timeout_s:.0f} s, {', '.join(late)} still "
-                    "samples; add rollout workers, lower max_tokens or prompts_per_iteration"
-                )
-            results = self._group.wait(ready, [running[ref][0] for ref in ready], "generate", 0.0)
-            for ref, result in zip(ready, results, strict=True):
-                engine, start = running.pop(ref)
-                load[engine] -= chunk * group_size
-                groups[start : start + len(result)] = result
+        keeper, deadline = self._kept(), time.monotonic() + timeout_s
+        job = _Job(group_size, sampling, seed)
+        with self._lock:
+            load = Load(len(prompts), group_size, self._version, _samples_held(self._resources))
+            work: Dispatcher[Sample] = Dispatcher(load)
+            with keeper.losses_to(lambda life, blame: self._counts.update(redispatched=work.lost(life, blame=blame))):
+                while not work.done:
+                    for life, index in work.assign(keeper.lives(State.READY)):
+                        answered = partial(self._answered, work, life, index)
+                        request = self._request(prompts[index : index + 1], index, job)
+                        keeper.call(life, "generate", request, done=answered, late_too=True)
+                    keeper.pump(max(0.0, deadline - time.monotonic()))
+                    self._check_progress(work, load, deadline, timeout_s)
+        groups = [tuple(samples) for samples in work.results()]
+        cut = sum(sample.timed_out for samples in groups for sample in samples)
+        if cut:
+            self._counts["timed_out"] += cut
+            limit_s = self._resources.sample_timeout_s
+            self._event(
+                "samples_timed_out", f"{cut} samples ran longer than {limit_s:g} s and end where they were", samples=cut
+            )
         return groups
+
+    def _request(self, prompts: Sequence[Prompt], first: int, job: _Job) -> GenerateRequest:
+        """A request for prompts that stand at `first` and after in the call."""
+        return GenerateRequest(
+            prompts=tuple(prompt.prompt_ids for prompt in prompts),
+            seeds=tuple(prompt_seed(job.seed, first + i) for i in range(len(prompts))),
+            group_size=job.group_size,
+            sampling=job.sampling,
+            version=self._version,
+            sample_timeout_s=self._resources.sample_timeout_s,
+        )
+
+    def _answered(self, work: Dispatcher[Sample], life: Life, index: int, groups: list[tuple[Sample, ...]]) -> None:
+        verdict = work.answer(life, index, groups[0])
+        if verdict != "taken":
+            self._counts[verdict] += 1
+        if verdict == "wrong_version":
+            self._kept().lose(life, f"answered with other weights than version {self._version}")
+
+    def _check_progress(self, work: Dispatcher[Sample], load: Load, deadline: float, timeout_s: float) -> None:
+        keeper = self._kept()
+        if work.done:
+            return
+        if not keeper.lives(State.READY) and not keeper.coming():
+            raise _nobody_left(keeper)
+        if time.monotonic() > deadline:
+            late = ", ".join(f"{life} still samples {count}" for life, count in sorted(work.running().items()))
+            raise PhaseTimeout(
+                f"expected {load.prompts} prompts x {load.group_size} samples within {timeout_s:.0f} s, {late or 'none serves'}"
+                "; add rollout workers, lower max_tokens or prompts_per_iteration"
+            )
+
+    # ------------------------------------------------------------------------------------------- weight sync
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Nobody else samples and no engine is refitted inside the block: for a weight sync from export to verdict. The weights
+        kept for refits are gone from here on.
+        """
+        keeper = self._kept()
+        with self._lock:
+            keeper.held = True
+            try:
+                keeper.confirm()
+                self._forget()
+                yield
+            finally:
+                keeper.drop_unjudged()
+                keeper.held = False
+
+    def load_weights(self, folder: str, version: int, *, timeout_s: float) -> list[int]:
+        """Load the safetensors of `folder` into every engine that lives; inside `exclusive`. Returns those that did it in time,
+        at least one; `judge` lets them serve.
+
+        Raises:
+            WorkerDied: no engine is left.
+        """
+        keeper = self._kept()
+        self._version = version
+        while True:
+            loaded = self._load(keeper.lives(State.STALE, State.READY), folder, version, timeout_s)
+            if loaded:
+                return loaded
+            if not keeper.coming():
+                raise _nobody_left(keeper)
+            keeper.pump(timeout_s)
+
+    def load_weights_on(self, engines: Sequence[int], folder: str, version: int, *, timeout_s: float) -> list[int]:
+        """The same for some engines; empty when all of them are gone."""
+        lives = [life for life in self._kept().lives(State.STALE, State.READY) if life.engine in engines]
+        return self._load(lives, folder, version, timeout_s)
+
+    def _load(self, lives: list[Life], folder: str, version: int, timeout_s: float) -> list[int]:
+        keeper, deadline = self._kept(), time.monotonic() + timeout_s
+        loaded: set[Life] = set()
+        for life in lives:
+            keeper.load(life, folder, version, partial(loaded.add, life))
+        while missing := [life for life in lives if life not in loaded and keeper.alive(life)]:
+            keeper.pump(max(0.0, deadline - time.monotonic()))
+            if time.monotonic() > deadline:
+                for life in missing:
+                    keeper.lose(life, f"weights {version} were not loaded within {timeout_s:.0f} s", Event.SYNC_FAILED)
+        return [life.engine for life in lives if keeper.alive(life)]
 
     def generate_on(
         self, engines: Sequence[int], prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, *, timeout_s: float
-    ) -> list[list[Sample]]:
-        """One sample for each prompt from each of `engines`, which all get the same seeds."""
+    ) -> dict[int, list[Sample]]:
+        """One sample for each prompt from each of `engines`, which all get the same seeds; without those lost meanwhile."""
         self._check_lengths(prompts, sampling.max_tokens)
-        seeds = tuple(prompt_seed(seed, i) for i in range(len(prompts)))
-        request = GenerateRequest(tuple(p.prompt_ids for p in prompts), seeds, 1, sampling, self._version)
-        calls = [self._group.start(engine, "generate", request) for engine in engines]
-        return [[group[0] for group in groups] for groups in self._group.wait(calls, list(engines), "generate", timeout_s)]
+        keeper, deadline = self._kept(), time.monotonic() + timeout_s
+        request = self.probe_request(prompts, sampling, seed)
+        drawn: dict[int, list[Sample]] = {}
 
-    def load_weights(self, folder: str, version: int, *, timeout_s: float) -> None:
-        """Load the safetensors of `folder` into every engine."""
-        self._group.call("load_weights", folder, version, timeout_s=timeout_s)
-        self._version = version
+        def answered(engine: int, groups: list[tuple[Sample, ...]]) -> None:
+            drawn[engine] = [samples[0] for samples in groups]
 
-    def load_weights_on(self, engine: int, folder: str, version: int, *, timeout_s: float) -> None:
-        """Load the safetensors of `folder` into one engine."""
-        self._group.call_one(engine, "load_weights", folder, version, timeout_s=timeout_s)
+        lives = [life for life in keeper.lives(State.SYNCING, State.READY) if life.engine in engines]
+        for life in lives:
+            keeper.call(life, "generate", request, done=partial(answered, life.engine))
+        while missing := [life for life in lives if life.engine not in drawn and keeper.alive(life)]:
+            keeper.pump(max(0.0, deadline - time.monotonic()))
+            if time.monotonic() > deadline:
+                for life in missing:
+                    keeper.lose(life, f"the probe was not sampled within {timeout_s:.0f} s")
+        return {engine: samples for engine, samples in drawn.items() if keeper.states().get(engine) is State.SYNCING}
+
+    def probe_request(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> GenerateRequest:
+        """The request that `generate_on` makes."""
+        return self._request(prompts, 0, _Job(1, sampling, seed))
+
+    def judge(self, engine: int, *, agrees: bool) -> None:
+        """Say how the probe of an engine with loaded weights went: it serves, or waits for another load, unless it has died."""
+        for life in self._kept().lives(State.SYNCING):
+            if life.engine == engine:
+                self._kept().judge(life, agrees=agrees)
+
+    def keep(self, refit: Refit) -> None:
+        """How engines that come late are brought to the current weights. The fleet removes the folder in its time."""
+        self._kept().refit = refit
+
+    def close(self) -> None:
+        """Mend no more and remove the kept weights; the engines' processes end with their group."""
+        if self._end_tending is not None:
+            self._end_tending()
+            self._end_tending = None
+        self._forget()
+
+    # -------------------------------------------------------------------------------------------------- below
+
+    def _forget(self) -> None:
+        keeper = self._keeper
+        if keeper is not None and keeper.refit is not None:
+            shutil.rmtree(keeper.refit.folder, ignore_errors=True)
+            keeper.refit = None
+
+    def _tend(self) -> None:
+        """Mend engines without waiting, unless a call is running: that one does."""
+        if self._keeper is not None and self._lock.acquire(blocking=False):
+            try:
+                if not self._keeper.held:
+                    self._keeper.pump(0.0)
+            finally:
+                self._lock.release()
+
+    def _kept(self) -> Keeper:
+        if self._keeper is None:
+            raise RuntimeError("expected the engines to have been started; call start first")
+        return self._keeper
 
     def _check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        room = self._max_model_len - max_tokens
+        longest = self._kept().max_model_len
+        room = longest - max_tokens
         long = [f"line {p.line}: {len(p.prompt_ids)} tokens" for p in prompts if len(p.prompt_ids) > room]
         if long:
             raise DataError(
-                f"expected prompts of at most {room} tokens (model length {self._max_model_len} less max_tokens {max_tokens}), "
+                f"expected prompts of at most {room} tokens (model length {longest} less max_tokens {max_tokens}), "
                 f"got {len(long)} longer: {'; '.join(long[:5])}. Lower max_tokens, drop the rows or raise rollout.max_model_len"
             )
+
+
+def _nobody_left(keeper: Keeper) -> WorkerDied:
+    return WorkerDied(
+        f"expected an engine that serves, none does and none can come back: {keeper.causes()}. Look at the engines' lines in "
+        "the job's log, then raise rollout.restarts only if the cause is gone"
+    )

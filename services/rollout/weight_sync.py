@@ -5,21 +5,27 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from sedsft.config import SamplingConfig
-from sedsft.records import Prompt
+from sedsft.records import Prompt, Sample
 from services.errors import WeightSyncMismatch
 from services.rollout.fleet import RolloutFleet
+from services.rollout.keeper import Refit
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
+Scored = tuple[tuple[int, ...], npt.NDArray[np.float32]]
+"""A response and the trainer's log-probability of each of its tokens."""
 TrainerLogProbs = Callable[[list[Pair]], list[npt.NDArray[np.float32]]]
 
 _TIMEOUT_S = 600.0
 _PROBE_MAX_TOKENS = 16
+_LEAST_SHARED = 0.5
+"""Share of the probe's tokens that an engine refitted without the trainer must have in common with those judged before."""
 
 
 @dataclass(frozen=True)
@@ -67,51 +73,73 @@ class WeightSync:
         self._max_gap = max_gap
 
     def push(self, version: int) -> SyncReport:
-        """Bring every engine to the trainer's weights and prove it. The exported files are gone when this returns.
+        """Bring every engine that lives to the trainer's weights and prove it; they serve when this returns.
+
+        Engines that die on the way leave the sync and are mended by the fleet, which keeps the exported files for them until
+        the next sync.
 
         Raises:
             WeightSyncMismatch: an engine's mean gap stays above the bound after a second load.
+            WorkerDied: no engine is left.
         """
         folder = self._folder / f"weights-{version}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
-            self._export(folder)
-            self._fleet.load_weights(str(folder), version, timeout_s=_TIMEOUT_S)
-            engines = list(range(len(self._fleet)))
-            gaps = self._measure(engines)
-            refitted = [e for e in engines if not gaps[e].mean() <= self._max_gap]
-            if refitted:
-                for engine in refitted:
-                    self._fleet.load_weights_on(engine, str(folder), version, timeout_s=_TIMEOUT_S)
-                gaps |= self._measure(refitted)
-        finally:
+        with self._fleet.exclusive():
             shutil.rmtree(folder, ignore_errors=True)
-        self._refuse(gaps, version)
-        joined = np.concatenate([gaps[e] for e in engines])
-        return SyncReport(
-            version=version,
-            mean_gap=float(joined.mean()),
-            max_gap=float(joined.max()),
-            engine_mean_gaps=tuple(float(gaps[e].mean()) for e in engines),
-            refitted=tuple(refitted),
-        )
+            folder.mkdir(parents=True)
+            try:
+                self._export(folder)
+                report, known = self._load_and_probe(str(folder), version)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            request = self._fleet.probe_request(self._probe.prompts, self._probe_sampling(), self._probe.seed)
+            self._fleet.keep(Refit(str(folder), version, request, partial(_mismatch, known, self._max_gap)))
+        return report
 
-    def _measure(self, engines: list[int]) -> dict[int, npt.NDArray[np.float32]]:
-        """Absolute gaps of every probe token, by engine."""
+    def _load_and_probe(self, folder: str, version: int) -> tuple[SyncReport, list[list[Scored]]]:
+        fleet = self._fleet
+        known: list[list[Scored]] = [[] for _ in self._probe.prompts]
+        gaps: dict[int, npt.NDArray[np.float32]] = {}
+        refitted: list[int] = []
+        while not gaps:
+            gaps = self._measure(fleet.load_weights(folder, version, timeout_s=_TIMEOUT_S), known)
+            refitted = [engine for engine, gap in gaps.items() if not gap.mean() <= self._max_gap]
+            for engine in refitted:
+                fleet.judge(engine, agrees=False)
+            again = fleet.load_weights_on(refitted, folder, version, timeout_s=_TIMEOUT_S)
+            gaps = {engine: gap for engine, gap in gaps.items() if engine not in refitted} | self._measure(again, known)
+        self._refuse(gaps, version)
+        for engine in gaps:
+            fleet.judge(engine, agrees=True)
+        joined = np.concatenate(list(gaps.values()))
+        means = tuple(float(gaps[engine].mean()) for engine in sorted(gaps))
+        return SyncReport(version, float(joined.mean()), float(joined.max()), means, tuple(refitted)), known
+
+    def _probe_sampling(self) -> SamplingConfig:
+        short = min(_PROBE_MAX_TOKENS, self._probe.sampling.max_tokens)
+        return self._probe.sampling.model_copy(update={"max_tokens": short})
+
+    def _measure(self, engines: list[int], known: list[list[Scored]]) -> dict[int, npt.NDArray[np.float32]]:
+        """Absolute gaps of every probe token, by engine; what the trainer says of each prompt's responses goes to `known`."""
         probe = self._probe
-        short = probe.sampling.model_copy(update={"max_tokens": min(_PROBE_MAX_TOKENS, probe.sampling.max_tokens)})
-        drawn = self._fleet.generate_on(engines, probe.prompts, short, probe.seed, timeout_s=_TIMEOUT_S)
+        drawn = self._fleet.generate_on(engines, probe.prompts, self._probe_sampling(), probe.seed, timeout_s=_TIMEOUT_S)
+        if not drawn:
+            return {}
         pairs = [
             (prompt.prompt_ids, sample.response_ids)
-            for samples in drawn
+            for samples in drawn.values()
             for prompt, sample in zip(probe.prompts, samples, strict=True)
         ]
         expected = iter(self._trainer_log_probs(pairs))
-        return {
-            engine: np.concatenate([_gap(sample.log_probs, next(expected)) for sample in samples])
-            for engine, samples in zip(engines, drawn, strict=True)
-        }
+        gaps: dict[int, npt.NDArray[np.float32]] = {}
+        for engine, samples in drawn.items():
+            scored = [(sample.response_ids, next(expected)) for sample in samples]
+            gaps[engine] = np.concatenate(
+                [_gap(s.log_probs, log_probs) for s, (_, log_probs) in zip(samples, scored, strict=True)]
+            )
+            for responses, one in zip(known, scored, strict=True):
+                responses.append(one)
+        return gaps
 
     def _refuse(self, gaps: dict[int, npt.NDArray[np.float32]], version: int) -> None:
         # Written so that a gap that is not a number is refused too.
@@ -127,6 +155,34 @@ class WeightSync:
                 "model than the one trained. Check that precision and temperature agree, then raise max_logprob_gap only if "
                 "the gap is rounding"
             )
+
+
+def _mismatch(known: list[list[Scored]], max_gap: float, groups: list[tuple[Sample, ...]]) -> str | None:
+    """What is wrong with an engine that drew `groups` of the probe, judged without the trainer; None when nothing is.
+
+    The same seeds and weights draw the same tokens but for rounding, and a token's log-probability depends only on those before
+    it: so each response is compared up to where it leaves the known one that it follows longest.
+    """
+    gaps: list[npt.NDArray[np.float32]] = []
+    tokens = 0
+    for responses, (sample,) in zip(known, groups, strict=True):
+        tokens += len(sample.response_ids)
+        shared, log_probs_R = max(
+            ((_shared(sample.response_ids, ids), scored_R) for ids, scored_R in responses), key=lambda p: p[0]
+        )
+        gaps.append(_gap(sample.log_probs[:shared], log_probs_R[:shared]))
+    gap = np.concatenate(gaps)
+    if gap.size < _LEAST_SHARED * tokens:
+        return f"only {gap.size} of {tokens} probe tokens are those that the others drew with the same seeds"
+    # Written so that a gap that is not a number is refused too.
+    return (
+        None if gap.mean() <= max_gap else f"mean gap {gap.mean():.4f} over {gap.size} probe tokens, at most {max_gap} expected"
+    )
+
+
+def _shared(ids: Sequence[int], known: Sequence[int]) -> int:
+    """Number of tokens at the start that agree."""
+    return next((i for i, (a, b) in enumerate(zip(ids, known, strict=False)) if a != b), min(len(ids), len(known)))
 
 
 def _gap(sampler: Sequence[float], trainer_R: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

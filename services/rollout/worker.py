@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ class GenerateRequest:
     group_size: int
     sampling: SamplingConfig
     version: int
+    sample_timeout_s: float
+    """Seconds after which samples that still run end as they are."""
 
 
 class RolloutWorker:
@@ -81,14 +84,18 @@ class RolloutWorker:
         await self._started().load_weights(folder)
         self._version = version
 
-    async def health(self) -> None:
-        """Return if the engine's process lives, or there is none yet.
+    async def heartbeat(self) -> None:
+        """Answer when the engine's own loop does, between two of its steps.
 
         Raises:
-            WorkerDied: it ended.
+            WorkerDied: the engine's process ended.
         """
-        if self._engine is not None:
-            await self._engine.health()
+        await self._started().heartbeat()
+
+    async def end(self) -> None:
+        """Kill the engine's processes. One that is frozen would not notice that its actor ends."""
+        for process in multiprocessing.active_children():
+            process.kill()
 
     async def pid(self) -> int:
         """Process id of the actor."""

@@ -15,6 +15,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +42,7 @@ from services.training.host_memory import release_free_memory
 from services.training.model import LinearHead, linear_head, open_model
 from services.training.ranks import RankSetup
 from services.training.schedule import learning_rate
+from services.training.starting_weights import StartingWeights
 from services.training.state import (
     load_optimizer_tensors,
     load_random_tensors,
@@ -75,6 +77,8 @@ class EngineSetup:
     """Train adapters and leave the model's own weights as they are."""
     longest_row: int | None = None
     """Tokens of the longest row where rows are packed."""
+    keep_start: bool = False
+    """Keep a copy of the starting weights for `at_start`."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ class TrainEngine:
             self._optimizer.state.clear()
             for parameter in self._parameters:
                 parameter.grad_dtype = torch.float32
+        self._start = StartingWeights(self._engine.optimizer) if setup.keep_start else None
 
     def backward(self, batches: Sequence[BatchT], empty: BatchT, loss_head: LossHead[BatchT]) -> dict[str, float]:
         """Accumulate the gradient of this rank's `batches` (any number, also none) and reduce it over ranks.
@@ -200,13 +205,10 @@ class TrainEngine:
                 results.append(tuple(value.cpu() for value in values))
         return results[: len(batches)]
 
-    def export_hf(self, folder: Path) -> list[FileRecord]:
-        """Write a model folder that `from_pretrained` opens: weights in the training precision, config, tokenizer.
-
-        Rank 0 writes, hashes and returns the files; the other ranks return none.
-        """
-        weights = self._full_state()
-        return self._write_model(folder, weights) if self.setup.ranks.rank == 0 else []
+    def at_start(self) -> AbstractContextManager[None]:
+        """Within it the model has the weights of `setup.model_path`, whatever was trained or loaded since."""
+        assert self._start is not None, "expected keep_start in the engine's setup"
+        return self._start.loaded()
 
     def snapshot(self) -> Snapshot:
         """What `write` needs, copied: the weights are gathered here, so that no later step waits for a writer."""
@@ -258,7 +260,7 @@ class TrainEngine:
     def close(self) -> None:
         """Free the model and everything DeepSpeed made of it; the engine cannot be used any more. Not collective."""
         self._engine.destroy()
-        del self._engine, self._model, self._optimizer, self._parameters
+        del self._engine, self._model, self._optimizer, self._parameters, self._start
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sedsft.config import GRPOConfig
 from sedsft.data.batching import (
     MicroBatch,
     PolicyMicroBatch,
@@ -19,30 +20,19 @@ from sedsft.data.batching import (
     response_micro_batches,
 )
 from sedsft.head import IGNORED_LABEL, HeadOutput, linear_objective_loss, token_statistics
-from sedsft.objectives import PolicyObjective
+from sedsft.objectives import PolicyObjective, k3_divergence, truncated_weight
 from sedsft.records import PolicyRow
-from services.checkpoints import FileRecord
 from services.errors import TrainingDiverged
 from services.training.messages import PolicySetup
 from services.training.model import LinearHead
-from services.training.ranks import rendezvous
-
-if TYPE_CHECKING:
-    from services.training.engine import TrainEngine
+from services.training.saving_rank import SavingRank
 
 
-class PolicyWorker:
+class PolicyWorker(SavingRank):
     """One data-parallel rank. All methods but `address` are collective: call them on every rank of the group.
 
     Its process needs `ranks.trainer_env`. Log-probabilities are taken at the sampling temperature throughout.
     """
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def address(self) -> tuple[str, int]:
-        """Address of this node and a free port, for rank 0 to be met at."""
-        return rendezvous()
 
     def setup(self, setup: PolicySetup) -> None:
         """Join the other ranks and open the model."""
@@ -51,7 +41,7 @@ class PolicyWorker:
 
         config = setup.config
         self._config = config
-        self._engine: TrainEngine = TrainEngine(
+        self._engine = TrainEngine(
             EngineSetup(
                 model_path=setup.model_path,
                 optimizer=config.optimizer,
@@ -60,39 +50,26 @@ class PolicyWorker:
                 total_steps=setup.total_steps,
                 seed=config.seed,
                 ranks=setup.ranks,
+                longest_row=config.max_prompt_tokens + config.max_tokens if config.pack_tokens is not None else None,
+                keep_start=config.kl_weight > 0,
             )
         )
 
     def update(self, rows: Sequence[PolicyRow], denominator: int, step: int) -> dict[str, float]:
-        """One optimizer step, `step` counted from 1. `rows` are this rank's, `denominator` the response tokens of all ranks.
+        """One optimizer step, `step` counted from 1. `rows` are this rank's, `denominator` that of all ranks' losses.
+
+        Rows carry `old_log_probs_R` unless the current weights are those at the start of the iteration, and
+        `reference_log_probs_R` where the loss has a divergence.
 
         Returns sums over this rank's tokens that add up over ranks: `loss` (not divided by the denominator), `entropy`,
-        `clipped` (the clip stopped the gradient), `logprob_gap` = |log p(sampler) - log p(trainer)| and `tokens`;
-        and `grad_norm` and `learning_rate`, equal on all ranks.
+        `clipped` (a clip stopped the gradient), `tokens`, `logprob_gap` = |log p(sampler) - log p(trainer)|, with truncated
+        importance sampling of p_old, else of the current weights; with it `tis_weight` and `tis_truncated` (the cap held); with
+        a divergence `kl`; and `grad_norm` and `learning_rate`, equal on all ranks.
 
         Raises:
             TrainingDiverged: loss or gradient norm is not finite; raised on all ranks, with the weights unchanged.
         """
-
-        def loss(
-            hidden_NH: torch.Tensor, head: LinearHead, batch: PolicyMicroBatch
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            old_log_prob_N = batch.old_log_prob_BT.flatten()
-            objective = PolicyObjective(
-                batch.advantage_BT.flatten(), old_log_prob_N, self._config.clip_low, self._config.clip_high
-            )
-            output = linear_objective_loss(
-                hidden_NH,
-                head.weight_VH,
-                batch.labels_N,
-                objective,
-                denominator=denominator,
-                **head.at_temperature(self._config.temperature).options,
-            )
-            return output.loss, _sums(output, old_log_prob_N, batch.labels_N)
-
-        batches = policy_micro_batches(rows, self._config.micro_batch_size)
-        sums = self._engine.backward(batches, PolicyMicroBatch.empty(), loss)
+        sums = self._backward(rows, denominator)
         grad_norm, rate = self._engine.step(step)
         if not math.isfinite(grad_norm):
             # Rewards and samples belong to the weights that drew them, so the loop has no step to leave out and go on.
@@ -102,16 +79,41 @@ class PolicyWorker:
             )
         return {**sums, "grad_norm": grad_norm, "learning_rate": rate}
 
-    def log_probs(self, sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]]) -> list[npt.NDArray[np.float32]]:
-        """Log-probability of each response token of this rank's (prompt ids, response ids) pairs under the current weights."""
+    def _backward(self, rows: Sequence[PolicyRow], denominator: int) -> dict[str, float]:
+        """Gradient of the step, reduced over ranks; this rank's sums."""
+
+        def loss(
+            hidden_NH: torch.Tensor, head: LinearHead, batch: PolicyMicroBatch
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            objective = policy_objective(self._config, batch)
+            output = linear_objective_loss(
+                hidden_NH,
+                head.weight_VH,
+                batch.labels_N,
+                objective,
+                denominator=denominator,
+                **head.at_temperature(self._config.temperature).options,
+            )
+            return output.loss, _sums(output, objective, batch)
+
+        batches = policy_micro_batches(rows, self._config.micro_batch_size, self._config.pack_tokens)
+        return self._engine.backward(batches, PolicyMicroBatch.empty(), loss)
+
+    def log_probs(
+        self, sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], reference: bool = False
+    ) -> list[npt.NDArray[np.float32]]:
+        """Log-probability of each response token of this rank's (prompt ids, response ids) pairs under the current weights, or
+        with `reference`, where the configuration has a divergence, under the starting weights."""
 
         def values(hidden_NH: torch.Tensor, head: LinearHead, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
             options = head.at_temperature(self._config.temperature).options
             return (token_statistics(hidden_NH, head.weight_VH, batch.labels_N, top_k=None, **options).log_prob_N,)
 
-        batches = response_micro_batches(sequences, self._config.micro_batch_size)
+        batches = response_micro_batches(sequences, self._config.micro_batch_size, self._config.pack_tokens)
+        with self._engine.at_start() if reference else nullcontext():
+            found = self._engine.statistics(batches, values)
         per_row: dict[int, npt.NDArray[np.float32]] = {}
-        for batch, (log_prob_N,) in zip(batches, self._engine.statistics(batches, values), strict=True):
+        for batch, (log_prob_N,) in zip(batches, found, strict=True):
             per_row.update(zip(batch.rows, labelled_values(batch, log_prob_N), strict=True))
         return [per_row[row] for row in range(len(sequences))]
 
@@ -119,19 +121,42 @@ class PolicyWorker:
         """Write weights and config for the samplers; rank 0 writes, `folder` is complete when all ranks have returned."""
         self._engine.export_weights(folder)
 
-    def save(self, folder: Path) -> list[FileRecord]:
-        """Write a model folder into `folder`; rank 0 writes and returns the files with their hashes."""
-        return self._engine.export_hf(folder)
+
+def policy_objective(config: GRPOConfig, batch: PolicyMicroBatch) -> PolicyObjective:
+    """The loss of a micro-batch. Without truncated importance sampling, the sampler's distribution is p_old."""
+    sampler_log_prob_N, truncates = batch.sampler_log_prob_BT.flatten(), config.tis_cap is not None
+    reference_BT = batch.reference_log_prob_BT if config.kl_weight > 0 else None
+    trainer_N = None if batch.old_log_prob_BT is None else batch.old_log_prob_BT.flatten()
+    return PolicyObjective(
+        advantage_N=batch.advantage_BT.flatten(),
+        old_log_prob_N=trainer_N if truncates else sampler_log_prob_N,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        sampler_log_prob_N=sampler_log_prob_N if truncates else None,
+        tis_cap=config.tis_cap,
+        reference_log_prob_N=None if reference_BT is None else reference_BT.flatten(),
+        kl_weight=config.kl_weight,
+    )
 
 
-def _sums(output: HeadOutput, old_log_prob_N: torch.Tensor, labels_N: torch.Tensor) -> dict[str, torch.Tensor]:
+def _sums(output: HeadOutput, objective: PolicyObjective, batch: PolicyMicroBatch) -> dict[str, torch.Tensor]:
     """Sums over the tokens that carry a label."""
-    labelled_N = labels_N != IGNORED_LABEL
-    difference_R = (output.log_prob_N - old_log_prob_N)[labelled_N]
-    return {
+    labelled_N = batch.labels_N != IGNORED_LABEL
+    log_prob_R = output.log_prob_N[labelled_N]
+    sampler_R = batch.sampler_log_prob_BT.flatten()[labelled_N]
+    sums = {
         "loss": output.loss_N.sum(),
         "entropy": output.entropy_N.sum(),
         "clipped": (~output.active_N[labelled_N]).sum(),
-        "logprob_gap": difference_R.abs().sum(),
         "tokens": labelled_N.sum(),
     }
+    if objective.tis_cap is None:
+        trainer_R = log_prob_R
+    else:
+        trainer_R = log_prob_R if objective.old_log_prob_N is None else objective.old_log_prob_N[labelled_N]
+        weight_R = truncated_weight(trainer_R, sampler_R, objective.tis_cap)
+        sums |= {"tis_weight": weight_R.sum(), "tis_truncated": (weight_R == objective.tis_cap).sum()}
+    if objective.reference_log_prob_N is not None:
+        sums["kl"] = k3_divergence(log_prob_R, objective.reference_log_prob_N[labelled_N]).sum()
+    return sums | {"logprob_gap": (trainer_R - sampler_R).abs().sum()}

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,28 +14,16 @@ from sedsft.data.batching import MicroBatch, labelled_values, packed_micro_batch
 from sedsft.exploration import MassSketch
 from sedsft.head import IGNORED_LABEL, HeadOutput, linear_objective_loss, token_statistics
 from sedsft.records import Example
-from services.checkpoints import FileRecord
 from services.training.messages import InspectedRow, SFTSetup
 from services.training.model import LinearHead
-from services.training.ranks import rendezvous
-
-if TYPE_CHECKING:
-    from services.training.engine import TrainEngine
+from services.training.saving_rank import SavingRank
 
 
-class SFTWorker:
+class SFTWorker(SavingRank):
     """One data-parallel rank. All methods but `address` are collective: call them on every rank of the group.
 
     Its process needs `ranks.trainer_env`.
     """
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-
-    def address(self) -> tuple[str, int]:
-        """Address of this node and a free port, for rank 0 to be met at."""
-        return rendezvous()
 
     def setup(self, setup: SFTSetup) -> None:
         """Join the other ranks and open the model."""
@@ -47,7 +32,7 @@ class SFTWorker:
 
         self._setup, config = setup, setup.config
         self._config = config
-        self._engine: TrainEngine = TrainEngine(
+        self._engine = TrainEngine(
             EngineSetup(
                 model_path=setup.model_path,
                 optimizer=config.optimizer,
@@ -66,10 +51,6 @@ class SFTWorker:
         """Go back to the starting model and the state that `setup` left."""
         self._engine.close()
         self.setup(self._setup)
-
-    def resume(self, folder: Path) -> None:
-        """Go back to the state that `begin_save` wrote into `folder`, a verified checkpoint of the same number of ranks."""
-        self._engine.load_state(folder)
 
     def mass_sketch(self, examples: Sequence[Example], top_k: int) -> MassSketch:
         """Top-k masses of the trained tokens of this rank's `examples` under the current weights; adds up over ranks."""
@@ -157,21 +138,6 @@ class SFTWorker:
         for flat in self._engine.statistics(self._batches(examples), values):
             totals += [float(value_N.double().sum()) for value_N in flat]
         return dict(zip(("ce", "entropy", "active", "tokens"), map(float, totals), strict=True))
-
-    def begin_save(self, folder: Path) -> None:
-        """Copy the state of now, and begin to write it into `folder` in a thread; training may go on when this returns.
-
-        Rank 0 writes a model folder, and every rank its training state below `trainer/`.
-        """
-        self._written = self._writer.submit(self._engine.write, self._engine.snapshot(), folder)
-
-    def saved(self, wait: bool) -> list[FileRecord] | None:
-        """The files that this rank wrote, with their hashes, since `begin_save`; None while it writes. Not collective.
-
-        Raises:
-            Exception: as raised in the writing thread, such as an OSError of a full disk.
-        """
-        return self._written.result() if wait or self._written.done() else None
 
     def _batches(self, examples: Sequence[Example]) -> list[MicroBatch]:
         if self._config.pack_tokens is not None:

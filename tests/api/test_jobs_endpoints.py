@@ -48,6 +48,7 @@ def problem(response: Any, status: int, code: str) -> Json:
         ("GET", "/v1/jobs/x/metrics"),
         ("GET", "/v1/jobs/x/checkpoints"),
         ("GET", "/v1/jobs/x/tables"),
+        ("GET", "/v1/jobs/x/rollouts"),
         ("GET", "/v1/jobs/x/report"),
         ("POST", "/v1/deployments"),
         ("GET", "/v1/deployments"),
@@ -64,7 +65,7 @@ def test_every_route_needs_the_key(anonymous: TestClient, method: str, path: str
 
 def test_all_v1_routes_are_in_the_list_above(anonymous: TestClient) -> None:
     paths = anonymous.get("/openapi.json").json()["paths"]
-    assert sum(len(methods) for path, methods in paths.items() if path.startswith("/v1/")) == 14
+    assert sum(len(methods) for path, methods in paths.items() if path.startswith("/v1/")) == 15
     assert {path for path in paths if not path.startswith("/v1/")} == {"/healthz", "/readyz"}
 
 
@@ -219,7 +220,7 @@ def test_paging_newest_first(client: TestClient, sft_job: Json) -> None:
     assert body["errors"][0]["pointer"] == "?limit"
 
 
-@pytest.mark.parametrize("path", ["", "/events", "/logs", "/metrics", "/tables", "/checkpoints", "/report"])
+@pytest.mark.parametrize("path", ["", "/events", "/logs", "/metrics", "/tables", "/rollouts", "/checkpoints", "/report"])
 def test_foreign_ids_are_404(client: TestClient, path: str) -> None:
     for job_id in ("job_01k3aaaaaaaaaaaaaaaaaaaaaa", "..%2F..%2Fetc", "%00"):
         problem(client.get(f"/v1/jobs/{job_id}{path}"), 404, "not_found")

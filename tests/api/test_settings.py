@@ -30,16 +30,19 @@ def test_from_the_environment(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("SEDSFT_HOME", str(tmp_path / "h"))
     monkeypatch.setenv("SEDSFT_ALLOWED_ROOTS", f"{tmp_path / 'a'}:{tmp_path / 'b'}")
     monkeypatch.setenv("SEDSFT_RAY_TOKEN_PATH", "")
+    monkeypatch.setenv("SEDSFT_REWARD_HOSTS", "judge, judge:8000")
     settings = Settings()
     assert settings.allowed_roots == (tmp_path / "a", tmp_path / "b")
     assert settings.database_url == f"sqlite:///{tmp_path / 'h' / 'sedsft.db'}"
     assert settings.ray_token_path is None
+    assert settings.reward_hosts == ("judge", "judge:8000")
     assert settings.key_path == tmp_path / "h" / "api_key"
 
 
 def test_a_child_process_reads_the_same_settings(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
     settings = Settings(home=tmp_path / "h", port=1234, allowed_roots=(tmp_path,), heartbeat_timeout_s=7.0, serve_port=4321)
+    settings = settings.model_copy(update={"reward_hosts": ("judge", "judge:8000")})
     environment = child_environment(settings, "mark")
     assert "RAY_ADDRESS" not in environment
     for key, value in environment.items():

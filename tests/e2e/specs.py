@@ -9,7 +9,7 @@ from typing import Any
 from api.client import ENDED, Client
 
 TRAINER = {"workers": 2, "cpus_per_worker": 0.4, "zero_stage": 2}
-ROLLOUT = {"workers": 1, "cpus_per_worker": 0.4, "max_model_len": 64, "max_num_seqs": 64}
+ROLLOUT = {"workers": 1, "cpus_per_worker": 0.4, "max_model_len": 64, "max_num_seqs": 64, "restarts": 0}
 SCORER = {"cpus_per_worker": 0.2, "processes": 1}
 REWARD = {"name": "countdown"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -103,13 +103,24 @@ class Problem:
         losses = reference_losses(self.logits(leaves)[kept], self.labels_N[kept], objective, tau)
         return losses.sum() / 7, losses
 
-    def policy(self, seed: int = 0) -> PolicyObjective:
-        """Old log-probs near the new ones, so that some ratios lie on either side of each bound."""
+    def policy(self, seed: int = 0, variant: str = "plain") -> PolicyObjective:
+        """Old, sampler's and reference log-probs near the new ones, so that some ratios lie on either side of each bound."""
         generator = torch.Generator().manual_seed(seed)
         log_probs = self.logits(self.leaves()).detach().log_softmax(1)
         log_prob = log_probs.gather(1, self.labels_N.clamp(min=0)[:, None])[:, 0]
         advantage = torch.randn(len(log_prob), generator=generator, dtype=torch.float64)
-        return PolicyObjective(advantage, log_prob + 0.4 * torch.randn(len(log_prob), generator=generator).double(), 0.2, 0.28)
+        old, sampler, reference = (log_prob + 0.4 * torch.randn(len(log_prob), generator=generator).double() for _ in range(3))
+        weighted = {"sampler_log_prob_N": sampler, "tis_cap": 1.2}
+        divergence = {"reference_log_prob_N": reference, "kl_weight": 0.3}
+        given: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "dual-clip": {"dual_clip": 1.4},
+            "first": {"old_log_prob_N": None, **weighted},
+            "weighted": weighted,
+            "divergence": divergence,
+            "all": {"dual_clip": 1.4, **weighted, **divergence},
+        }
+        return replace(PolicyObjective(advantage, old, 0.2, 0.28), **given[variant])
 
 
 def assert_equals_truth(problem: Problem, objective: TokenObjective, tolerance: float, **given: Any) -> HeadOutput:
@@ -142,10 +153,13 @@ def test_loss_and_gradients_equal_float64_autograd(objective: TokenObjective, sh
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["plain", "bias", "scale", "softcap", "all"])
-def test_policy_loss_and_gradients_equal_float64_autograd(shape: Shape) -> None:
+@pytest.mark.parametrize("variant", ["plain", "dual-clip", "first", "weighted", "divergence", "all"])
+def test_policy_loss_and_gradients_equal_float64_autograd(shape: Shape, variant: str) -> None:
     problem = Problem.random(61, 16, 97, shape=shape)
-    output = assert_equals_truth(problem, problem.policy(), 1e-10, chunk_tokens=8)
-    assert 0 < output.active_N.sum() < (problem.labels_N != IGNORED_LABEL).sum()
+    output = assert_equals_truth(problem, problem.policy(variant=variant), 1e-10, chunk_tokens=8)
+    labelled = (problem.labels_N != IGNORED_LABEL).sum()
+    assert 0 < output.active_N.sum() <= labelled
+    assert (output.active_N.sum() == labelled) == (variant == "first")
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

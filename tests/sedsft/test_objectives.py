@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sedsft.config import CEObjective, DFTObjective, GEMObjective, SEDObjective
-from sedsft.objectives import PolicyObjective, ScalarObjective, TokenStatistics, gem_rows, token_loss
+from sedsft.objectives import (
+    PolicyObjective,
+    ScalarObjective,
+    TokenStatistics,
+    gem_rows,
+    k3_divergence,
+    token_loss,
+    truncated_weight,
+)
 from sedsft.reference import reference_losses
 
 
@@ -70,6 +79,43 @@ def test_policy_by_hand() -> None:
     assert result.active_N.tolist() == [True, False, True, True, False, True]
 
 
+def logs(*probs: float) -> Tensor:
+    return torch.tensor(probs, dtype=torch.float64).log()
+
+
+def test_dual_clip_by_hand() -> None:
+    # Ratios 2 and 4 with advantage -1, bound 3; a positive advantage is bounded by clip_high as before.
+    objective = PolicyObjective(torch.tensor([-1.0, -1, 1]).double(), logs(0.2, 0.2, 0.2), 0.2, 0.28, dual_clip=3.0)
+    result = token_loss(objective, statistics([0.4, 0.8, 0.8]), None)
+    close(result.loss_N, [2, 3, -1.28])
+    close(result.dloss_dlogp_N, [2, 0, 0])
+    assert result.active_N.tolist() == [True, False, False]
+
+
+def test_truncated_importance_weights_by_hand() -> None:
+    advantage = torch.tensor([1.0, -1, 1]).double()
+    # At the start of an iteration: r = 1; weights 0.5 / 0.4, 0.5 / 0.125 = 4, cut to 2, and 0.5 / 0.8.
+    start = PolicyObjective(advantage, None, 0.2, 0.28, sampler_log_prob_N=logs(0.4, 0.125, 0.8), tis_cap=2.0)
+    result = token_loss(start, statistics([0.5, 0.5, 0.5]), None)
+    close(result.loss_N, [-1.25, 2, -0.625])
+    close(result.dloss_dlogp_N, [-1.25, 2, -0.625])
+    # Later: p_old is 1/4, r = 2, clipped for A > 0 only; the weights 0.25 / 0.2, 0.25 / 0.1 = 2.5 and 0.25 / 0.5 are p_old's.
+    later = PolicyObjective(advantage, logs(0.25, 0.25, 0.25), 0.2, 0.28, None, logs(0.2, 0.1, 0.5), 2.0)
+    result = token_loss(later, statistics([0.5, 0.5, 0.25]), None)
+    close(result.loss_N, [-1.25 * 1.28, 4, -0.5])
+    close(result.dloss_dlogp_N, [0, 4, -0.5])
+    close(truncated_weight(logs(0.25, 0.25, 0.25), logs(0.2, 0.1, 0.5), 2.0), [1.25, 2, 0.5])
+
+
+def test_divergence_by_hand() -> None:
+    # p_ref / p = 1/2 and 2: k3 = 1/2 + ln 2 - 1 and 2 - ln 2 - 1, derivatives 1 - 1/2 and 1 - 2.
+    objective = PolicyObjective(torch.zeros(2).double(), None, 0.2, 0.28, reference_log_prob_N=logs(0.25, 0.5), kl_weight=0.1)
+    result = token_loss(objective, statistics([0.5, 0.25]), None)
+    close(result.loss_N, [0.1 * (math.log(2) - 0.5), 0.1 * (1 - math.log(2))])
+    close(result.dloss_dlogp_N, [0.05, -0.1])
+    close(k3_divergence(logs(0.5), logs(0.5)), [0])
+
+
 def test_gem_by_hand() -> None:
     # Two equal logits: q = 1/2 each, loss -(1/2)(log p_y - log p_j) = 0, gradient q - onehot.
     log_probs = torch.full((1, 2), math.log(0.5), dtype=torch.float64)
@@ -86,15 +132,31 @@ def test_gem_by_hand() -> None:
     close(loss, [-math.log(0.2) + 0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)])
 
 
+def policies() -> list[PolicyObjective]:
+    """Every variant; log-probabilities near -2.2, so that each bound holds for some tokens."""
+    generator = torch.Generator().manual_seed(1)
+    advantage, old, sampler, reference = (torch.randn(64, generator=generator).double() for _ in range(4))
+    old, sampler, reference = old - 2.2, sampler - 2.2, reference - 2.2
+    weighted: dict[str, Any] = {"sampler_log_prob_N": sampler, "tis_cap": 2.0}
+    divergence: dict[str, Any] = {"reference_log_prob_N": reference, "kl_weight": 0.3}
+    return [
+        PolicyObjective(advantage, torch.full((64,), -2.2).double(), 0.2, 0.28),
+        PolicyObjective(advantage, old, 0.2, 0.28, dual_clip=1.5),
+        PolicyObjective(advantage, None, 0.2, 0.28),
+        PolicyObjective(advantage, None, 0.2, 0.28, **weighted),
+        PolicyObjective(advantage, old, 0.2, 0.28, **weighted),
+        PolicyObjective(advantage, old, 0.2, 0.28, **divergence),
+        PolicyObjective(advantage, old, 0.2, 0.28, 1.5, **weighted, **divergence),
+    ]
+
+
 SCALAR_OBJECTIVES = [
     CEObjective(),
     DFTObjective(),
     SEDObjective(),
     SEDObjective(weight=1.1, top_k=4),
     SEDObjective(mask=False),
-    PolicyObjective(
-        torch.randn(64, generator=torch.Generator().manual_seed(1)).double(), torch.full((64,), -2.2).double(), 0.2, 0.28
-    ),
+    *policies(),
 ]
 
 
@@ -134,3 +196,11 @@ def test_policy_objective_checks_its_fields() -> None:
         PolicyObjective(torch.zeros(2), torch.zeros(3), 0.2, 0.28)
     with pytest.raises(ValueError, match="clip_low"):
         PolicyObjective(torch.zeros(2), torch.zeros(2), 1.0, 0.28)
+    with pytest.raises(ValueError, match="dual_clip above 1"):
+        PolicyObjective(torch.zeros(2), None, 0.2, 0.28, dual_clip=1.0)
+    with pytest.raises(ValueError, match=r"tis_cap of at least 1, or neither, got a cap of 2\.0 and no log-prob"):
+        PolicyObjective(torch.zeros(2), None, 0.2, 0.28, tis_cap=2.0)
+    with pytest.raises(ValueError, match="or neither, got a cap of None and log-prob"):
+        PolicyObjective(torch.zeros(2), None, 0.2, 0.28, sampler_log_prob_N=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"positive kl_weight, or neither, got a weight of 0\.1 and no log-prob"):
+        PolicyObjective(torch.zeros(2), None, 0.2, 0.28, kl_weight=0.1)

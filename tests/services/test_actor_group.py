@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import ray
 
-from services.actor_group import ActorGroup, ActorSpec
+from services.actor_group import ActorGroup, ActorSpec, check_groups, tend_while_waiting
 from services.errors import DataError, PhaseTimeout, ResourceError, WorkerDied
-from services.placement import actor_groups
+from services.placement import actor_groups, reserve_member
 
 
 class Echo:
@@ -111,3 +111,56 @@ def test_what_the_cluster_never_has_is_refused_with_the_numbers(cluster: None) -
     spec = ActorSpec("trainer", Echo, 3, 1.0)
     with pytest.raises(ResourceError, match="at most 2 CPU in the cluster, the stage asks for 3"), actor_groups([spec], "job"):
         pass
+
+
+def test_members_of_an_elastic_group_come_and_go_one_by_one(cluster: None) -> None:
+    spec = ActorSpec("echo", Echo, 2, 0.5, elastic=True)
+    with actor_groups([spec], "job") as [group]:
+        assert group.call("add", 10, timeout_s=60) == [10, 11]
+        pid = group.call_one(1, "pid", timeout_s=60)
+        # Frozen processes hold what is reserved for them until they are ended.
+        os.kill(pid, signal.SIGSTOP)
+        group.end(1)
+        group.replace(1)
+        assert group.call_one(1, "add", 1, timeout_s=60) == 2
+        assert group.call_one(1, "pid", timeout_s=60) != pid
+        assert ray.get_actor("echo-1.1") is not None
+        group.add(reserve_member(spec))
+        group.add(reserve_member(spec))
+        assert group.call("add", 10, timeout_s=60) == [10, 11, 12, 13]
+        group.remove(2)
+        group.remove(0)
+        # Half of the two cores is free again, which a fifth member needs.
+        group.add(reserve_member(spec))
+        assert group.call_one(4, "add", 10, timeout_s=60) == 14
+        os.kill(group.call_one(1, "pid", timeout_s=60), signal.SIGKILL)
+        time.sleep(0.5)
+        check_groups()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == 2
+
+
+def test_what_tends_is_called_while_somebody_waits(group: ActorGroup) -> None:
+    called: list[float] = []
+    end = tend_while_waiting(lambda: called.append(time.monotonic()))
+    group.call("sleep", 5, timeout_s=60)
+    end()
+    count = len(called)
+    assert count >= 2
+    group.call("sleep", 2.5, timeout_s=60)
+    assert len(called) == count
+
+
+def test_a_timeout_saves_the_stacks_of_those_that_are_late(cluster: None, caplog: pytest.LogCaptureFixture) -> None:
+    with actor_groups([ActorSpec("stuck", Echo, 2, 0.5)], "job") as [group]:
+        group.call("add", 1, timeout_s=60)
+        calls = [group.start(0, "add", 1), group.start(1, "sleep", 60)]
+        with pytest.raises(PhaseTimeout, match="stuck-1 did not answer; the job's log has the stacks"):
+            group.wait(calls, [0, 1], "sleep", 2)
+    [record] = [record for record in caplog.records if record.name == "sedsft.stacks"]
+    text = record.getMessage()
+    assert text.startswith("stacks of stuck-1, innermost call first:")
+    assert "test_actor_group.py" in text
+    assert "in sleep" in text

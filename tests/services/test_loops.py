@@ -5,55 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sedsft.config import RewardConfig
-from sedsft.records import Prompt, RolloutGroup, Sample, Score
+from sedsft.records import Score
 from services.driver import reason_of
 from services.errors import RewardFailure, TrainingDiverged
 from services.jobspec import RolloutResources, ScorerResources
 from services.loops.engines import EngineRequest, check_errors
-from services.loops.grpo import advantages_of, policy_rows, rollout_figures
 from services.loops.ranks import merge_sums
 
-PROMPT = Prompt((1, 2), "12", "3", 1)
-
-
-def sample(*ids: int, truncated: bool = False) -> Sample:
-    return Sample(ids, (-0.5,) * len(ids), "", truncated, 7)
-
-
-def group(*scored: tuple[Sample, Score]) -> RolloutGroup:
-    return RolloutGroup(PROMPT, tuple(s for s, _ in scored), tuple(score for _, score in scored))
-
-
-RIGHT, WRONG, LATE = Score(1.0, "scored", "3"), Score(0.0, "scored", "4"), Score(float("nan"), "timeout")
-GROUPS = [
-    group((sample(5), RIGHT), (sample(5, 6), WRONG), (sample(5, 6, 7), LATE)),
-    group((sample(8), RIGHT), (sample(9), RIGHT), (sample(9, 9, truncated=True), RIGHT)),
-]
-
-
-def test_an_unscored_sample_never_reaches_the_update() -> None:
-    advantages = advantages_of(GROUPS)
-    rows = policy_rows(GROUPS, advantages, range(2))
-    assert [row.response_ids_R.tolist() for row in rows] == [[5], [5, 6], [8], [9], [9, 9]]
-    # (1 - 1/2) / (sqrt(1/2) + 1e-6), over the two scored samples; the second group does not vary.
-    assert rows[0].advantage == pytest.approx(0.7071058, abs=1e-6)
-    assert [row.advantage for row in rows[1:]] == pytest.approx([-0.7071058, 0, 0, 0], abs=1e-6)
-    assert all(np.isfinite(row.advantage) for row in rows)
-
-
-def test_rollout_figures_count_errors_apart_from_rewards() -> None:
-    figures = rollout_figures(GROUPS, advantages_of(GROUPS))
-    assert figures == {
-        "reward": 4 / 5,
-        "groups_with_variance": 0.5,
-        "response_tokens": 10 / 6,
-        "truncated": 1 / 6,
-        "score_errors": 1.0,
-    }
+RIGHT, LATE = Score(1.0, "scored", "3"), Score(float("nan"), "timeout")
 
 
 def test_sums_add_up_over_ranks_and_shared_figures_do_not() -> None:

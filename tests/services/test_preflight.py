@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.jobspec import JOB_SPEC, JobSpec, SFTStage
+from services.jobspec import JOB_SPEC, JobSpec, PipelineJob, SFTStage
 from services.preflight import SpecError, check_capacity, plan, resolve, resolve_model
 
 
@@ -58,6 +58,29 @@ def pipeline() -> JobSpec:
     stages[0]["trainer"] = {"workers": 2, "cpus_per_worker": 1.5}
     stages[1] |= {"rollout": {"workers": 2, "gpus_per_worker": 2, "tensor_parallel": 2}, "scorer": {"cpus_per_worker": 0.5}}
     return JOB_SPEC.validate_python({"type": "pipeline", "stages": stages})
+
+
+def test_data_of_a_stage_need_an_earlier_filter_of_that_name(root: Path) -> None:
+    kept = {"path": "stage:hard"}
+    chosen = {"type": "filter", "name": "hard", "model": {"path": "model"}, "filter": {"data": {"path": "rl.jsonl"}}}
+    rl = {"type": "rl", "name": "b", "model": {"path": "model"}, "grpo": {"data": kept, "iterations": 1}}
+    good = JOB_SPEC.validate_python({"type": "pipeline", "stages": [chosen, rl]})
+    resolved = resolve(good, [root])
+    assert isinstance(resolved, PipelineJob)
+    assert resolved.stages[0].filter.data.path == str(root / "rl.jsonl")
+    assert resolved.stages[1].grpo.data.path == "stage:hard"
+    assert [(role.role, role.workers) for role in plan(good).stages[0].roles] == [
+        ("rollout", 1),
+        ("reward", 1),
+        ("reference", 1),
+    ]
+
+    backwards = JOB_SPEC.validate_python({"type": "pipeline", "stages": [rl, chosen]})
+    said = "expected stage:NAME of an earlier filter stage (there is none yet), got 'stage:hard'"
+    assert problems(backwards, root) == {"/stages/0/grpo/data/path": said}
+    assert problems(JOB_SPEC.validate_python(rl), root) == {"/grpo/data/path": said}
+    itself = JOB_SPEC.validate_python(chosen | {"filter": {"data": kept}})
+    assert problems(itself, root) == {"/filter/data/path": said}
 
 
 def problems(spec: JobSpec, root: Path) -> dict[str, str]:

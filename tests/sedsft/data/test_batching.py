@@ -62,7 +62,23 @@ def test_policy_values_stand_where_their_labels_stand() -> None:
     [batch] = policy_micro_batches(rows, micro_batch_size=8)
     assert batch.labels_BT.tolist() == [[IGNORED, 3, 4, 5, IGNORED], [9, IGNORED, IGNORED, IGNORED, IGNORED]]
     assert batch.advantage_BT.tolist() == [[0, 1.5, 1.5, 1.5, 0], [-1, 0, 0, 0, 0]]
-    assert batch.old_log_prob_BT.tolist() == [[0, -0.5, -0.25, -2.0, 0], [-3, 0, 0, 0, 0]]
+    assert batch.sampler_log_prob_BT.tolist() == [[0, -0.5, -0.25, -2.0, 0], [-3, 0, 0, 0, 0]]
+    assert batch.old_log_prob_BT is batch.reference_log_prob_BT is None
+
+
+def test_policy_values_stand_where_the_labels_of_packed_rows_stand() -> None:
+    rows = [policy_row([1], [9], [-3.0], -1.0), policy_row([1, 2], [3, 4, 5], [-0.5, -0.25, -2.0], 1.5)]
+    old = [np.array([-1.0], np.float32), np.array([-1.5, -2.5, -3.5], np.float32)]
+    rows = [replace(row, old_log_probs_R=values) for row, values in zip(rows, old, strict=True)]
+    [batch] = policy_micro_batches(rows, micro_batch_size=1, pack_tokens=8)
+    assert (batch.rows, batch.row_lengths) == ((1, 0), (5, 2))
+    assert batch.labels_BT.tolist() == [[IGNORED, 3, 4, 5, IGNORED, 9, IGNORED]]
+    assert batch.advantage_BT.tolist() == [[0, 1.5, 1.5, 1.5, 0, -1, 0]]
+    assert batch.sampler_log_prob_BT.tolist() == [[0, -0.5, -0.25, -2.0, 0, -3, 0]]
+    assert batch.old_log_prob_BT is not None
+    assert batch.old_log_prob_BT.tolist() == [[0, -1.5, -2.5, -3.5, 0, -1, 0]]
+    with pytest.raises(ValueError, match="of all rows of a batch or of none, got those of 1 of 2"):
+        policy_micro_batches([rows[0], replace(rows[1], old_log_probs_R=None)], 2)
 
 
 def test_values_come_back_per_row() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sedsft.data.order import RowOrder
+from sedsft.data.order import RefillOrder, RowOrder
 
 
 def test_epochs_cover_every_row_once_and_end_with_a_smaller_batch() -> None:
@@ -51,3 +51,26 @@ def test_seeds_differ_and_steps_out_of_range_are_refused() -> None:
         RowOrder(100, 100, 1)
     with pytest.raises(ValueError, match="at least 1"):
         RowOrder(0, 100, 1, steps=1)
+
+
+def test_refills_go_on_behind_the_run_and_skip_what_the_step_has() -> None:
+    order = RowOrder(20, 4, seed=3, steps=3)
+    longer = RowOrder(20, 4, seed=3, steps=9)
+    refills = RefillOrder(order, step=1, max_refills=2)
+    first = refills.draw(0, 4)
+    assert first == order.batch(1).tolist()
+    # Steps 3 and 4 are the refills of step 0, so 5 and 6 are those of step 1.
+    second = refills.draw(1, 3)
+    assert second == [row for row in longer.batch(5).tolist() if row not in first][:3]
+    third = refills.draw(2, 4)
+    assert third == [row for row in longer.batch(6).tolist() if row not in first + second]
+    again = RefillOrder(order, step=1, max_refills=2)
+    assert [again.draw(0, 4), again.draw(1, 3), again.draw(2, 4)] == [first, second, third]
+    with pytest.raises(IndexError, match=r"0\.\.2, got 3"):
+        refills.draw(3, 1)
+
+
+def test_refills_end_with_the_rows() -> None:
+    refills = RefillOrder(RowOrder(4, 4, seed=0, steps=2), step=0, max_refills=1)
+    assert sorted(refills.draw(0, 4)) == [0, 1, 2, 3]
+    assert refills.draw(1, 2) == []

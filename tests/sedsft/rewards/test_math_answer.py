@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +13,11 @@ from sedsft.rewards.verdict import Verdict
 REPO = Path(__file__).resolve().parents[3]
 DATA = REPO.parent / "shared" / "data"
 
+pytestmark = pytest.mark.usefixtures("algebra")
+
 
 def accepts(gold: str, answer: str) -> bool:
-    return math_verdict(gold, rf"so $\boxed{{{answer}}}$.").reward == 1.0
+    return math_verdict(gold, rf"so $\boxed{{{answer}}}$.").correct is True
 
 
 @pytest.mark.parametrize(
@@ -99,19 +99,19 @@ def test_unequal(gold: str, answer: str) -> None:
 
 
 def test_extracted_form_is_shared_by_equal_answers() -> None:
-    assert math_verdict("3", r"\boxed{0.50}") == math_verdict("3", r"\boxed{\dfrac{1}{2}}") == Verdict(0.0, "1/2")
-    assert math_verdict(r"2\sqrt{3}", r"\boxed{\sqrt{12}}") == Verdict(1.0, r"2\sqrt{3}")
+    assert math_verdict("3", r"\boxed{0.50}") == math_verdict("3", r"\boxed{\dfrac{1}{2}}") == Verdict("scored", False, "1/2")
+    assert math_verdict(r"2\sqrt{3}", r"\boxed{\sqrt{12}}") == Verdict("scored", True, r"2\sqrt{3}")
 
 
 def test_no_box_is_no_answer() -> None:
-    assert math_verdict("5", "the answer is 5") == math_verdict("5", r"\boxed{ }") == Verdict(0.0, None)
+    assert math_verdict("5", "the answer is 5") == math_verdict("5", r"\boxed{ }") == Verdict("no_answer", False, None)
 
 
 def test_long_and_deep_answers_go_by_text_only() -> None:
     deep = "(" * 200 + "5" + ")" * 200
-    assert math_verdict("5", rf"\boxed{{{deep}}}").reward == 0.0
+    assert math_verdict("5", rf"\boxed{{{deep}}}").correct is False
     verdict = math_verdict("5", rf"\boxed{{{'5' * 100_000}}}")
-    assert verdict.reward == 0.0
+    assert verdict.correct is False
     assert verdict.extracted is not None
     assert len(verdict.extracted) == 512
     long_gold = "+".join(f"x_{{{i}}}" for i in range(200))
@@ -141,28 +141,6 @@ def test_model_output_is_not_executed(tmp_path: Path) -> None:
 def test_algebra_outside_the_main_thread_is_refused() -> None:
     with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="expected the main thread"):
         pool.submit(math_verdict, "x+1", r"\boxed{1+x}").result()
-
-
-_CASE = """
-import json, sys
-from sedsft.rewards.math_answer import math_verdict
-for line in sys.stdin:
-    case = json.loads(line)
-    print(json.dumps([case["id"], math_verdict(case["gold"], case["prediction"]).reward]), flush=True)
-"""
-
-
-@pytest.mark.skipif(not (DATA / "verify_cases.jsonl").exists(), reason="needs ../shared/data/verify_cases.jsonl")
-def test_agreement_on_hard_cases() -> None:
-    """A child with a limit scores the cases, so that one which hangs fails this test instead of blocking it."""
-    text = (DATA / "verify_cases.jsonl").read_text(encoding="utf-8")
-    run = subprocess.run(
-        [sys.executable, "-c", _CASE], input=text, capture_output=True, text=True, timeout=60, cwd=REPO, check=True
-    )
-    rewards = dict(json.loads(line) for line in run.stdout.splitlines())
-    cases = [json.loads(line) for line in text.splitlines()]
-    wrong = [c["id"] for c in cases if not c["policy"] and (rewards[c["id"]] == 1.0) != c["equal"]]
-    assert wrong == []
 
 
 @pytest.mark.parametrize("benchmark", ["aime24", "gsm8k", "math500", "olympiadbench"])

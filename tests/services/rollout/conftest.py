@@ -14,14 +14,21 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group
 
 from services.actor_group import ActorGroup, ActorSpec
 from services.jobspec import RolloutResources
+from services.placement import reserve_member
 from services.rollout.fleet import RolloutFleet, rollout_spec
 from tests.services.tiny_llama import save_tiny_llama
 
 RESOURCES = RolloutResources(workers=2, cpus_per_worker=0.5, max_model_len=256, max_num_seqs=64)
+
+
+def serve(fleet: RolloutFleet, folder: Path, version: int = 0) -> None:
+    """Load weights and take them for verified."""
+    with fleet.exclusive():
+        for engine in fleet.load_weights(str(folder), version, timeout_s=60):
+            fleet.judge(engine, agrees=True)
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +54,10 @@ def spawn(ray_cluster: None) -> Callable[[ActorSpec], ActorGroup]:
     def build(spec: ActorSpec) -> ActorGroup:
         # Ray frees the name of a killed actor a little later.
         spec = replace(spec, role=f"{spec.role}-{next(numbers)}")
-        bundles = [{"CPU": spec.cpus}] * spec.count
-        placement = placement_group(bundles)
-        ray.get(placement.ready(), timeout=30)
-        return ActorGroup(spec, placement, 0)
+        group = ActorGroup(spec, None, 0)
+        for _ in range(spec.count):
+            group.add(reserve_member(spec))
+        return group
 
     return build
 
@@ -61,5 +68,7 @@ def fleet(spawn: Callable[[ActorSpec], ActorGroup], model_folder: Path) -> Itera
     built = RolloutFleet(group, RESOURCES)
     built.start(str(model_folder), "bf16")
     built.ready(timeout_s=150)
+    serve(built, model_folder)
     yield built
+    built.close()
     group.kill()

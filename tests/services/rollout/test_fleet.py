@@ -14,6 +14,7 @@ from sedsft.records import Prompt
 from services.errors import DataError, PhaseTimeout, WeightSyncMismatch
 from services.rollout.fleet import RolloutFleet, prompt_seed
 from services.rollout.worker import GenerateRequest
+from tests.services.rollout.conftest import RESOURCES
 from tests.services.tiny_llama import random_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -94,16 +95,35 @@ def test_too_long_prompts_are_named(fleet: RolloutFleet) -> None:
 
 def test_deadline(fleet: RolloutFleet) -> None:
     short, long = SamplingConfig(max_tokens=150), SamplingConfig(max_tokens=230)
-    with pytest.raises(PhaseTimeout, match=r"expected 2 prompts x 2 samples within 0 s, .*still samples"):
+    with pytest.raises(PhaseTimeout, match=r"expected 2 prompts x 2 samples within 0 s, rollout-0 still samples 1, rollout-1"):
         fleet.generate(prompts(2), 2, short, seed=0, timeout_s=0.001)
     # The engines go on with what they have: this ends after it.
     fleet.generate(prompts(2), 2, long, seed=0, timeout_s=100)
 
 
 def test_engine_refuses_another_version(fleet: RolloutFleet) -> None:
-    request = GenerateRequest(((1, 3, 5),), (0,), 1, SamplingConfig(max_tokens=2), version=9)
+    request = GenerateRequest(((1, 3, 5),), (0,), 1, SamplingConfig(max_tokens=2), version=9, sample_timeout_s=60)
     with pytest.raises(WeightSyncMismatch, match="expected rollout-0 to sample with weight version 9, it is at 0"):
         fleet._group.call_one(0, "generate", request, timeout_s=60)
+
+
+def test_a_sample_over_its_time_ends_where_it_is(fleet: RolloutFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, str]] = []
+    monkeypatch.setattr(fleet, "_event", lambda kind, message, /, **data: events.append((kind, message)))
+    monkeypatch.setattr(fleet, "_resources", RESOURCES.model_copy(update={"sample_timeout_s": 0.4}))
+    groups = fleet.generate(prompts(24), 16, SamplingConfig(max_tokens=230), seed=1, timeout_s=100)
+    samples = [sample for samples in groups for sample in samples]
+    cut = [sample for sample in samples if sample.timed_out]
+    assert len(samples) == 24 * 16
+    assert 0 < len(cut) < len(samples)
+    assert all(sample.truncated and len(sample.response_ids) < 230 for sample in cut)
+    assert all(len(sample.log_probs) == len(sample.response_ids) for sample in cut)
+    assert fleet.counts() == {"redispatched": 0, "late": 0, "wrong_version": 0, "timed_out": len(cut)}
+    assert events == [("samples_timed_out", f"{len(cut)} samples ran longer than 0.4 s and end where they were")]
+    # Nothing of them goes on in the engines.
+    monkeypatch.undo()
+    again = fleet.generate(prompts(2), 2, SamplingConfig(max_tokens=8), seed=1, timeout_s=100)
+    assert not any(sample.timed_out for group in again for sample in group)
 
 
 def test_prompt_seeds_leave_room_for_the_samples() -> None:

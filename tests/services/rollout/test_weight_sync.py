@@ -78,10 +78,11 @@ def one_engine(
     fleet.start(str(model_folder), "bf16")
     fleet.ready(timeout_s=150)
     yield fleet
+    fleet.close()
     group.kill()
 
 
-def test_push_is_verified_and_leaves_nothing_behind(fleet: RolloutFleet, tmp_path: Path) -> None:
+def test_push_is_verified_and_keeps_one_folder_for_refits(fleet: RolloutFleet, tmp_path: Path) -> None:
     for version, seed in ((0, 0), (1, 3), (2, 4)):
         export, log_probs = trainer_of(seed)
         report = WeightSync(fleet, export, log_probs, tmp_path, PROBE, 0.05).push(version)
@@ -90,7 +91,7 @@ def test_push_is_verified_and_leaves_nothing_behind(fleet: RolloutFleet, tmp_pat
         assert len(report.engine_mean_gaps) == 2
         assert report.mean_gap <= max(report.engine_mean_gaps) <= 0.05
         assert report.mean_gap <= report.max_gap
-        assert list(tmp_path.iterdir()) == []
+        assert [folder.name for folder in tmp_path.iterdir()] == [f"weights-{version}"]
         [group] = fleet.generate(PROBE.prompts[:1], 2, PROBE.sampling, seed=0, timeout_s=60)
         assert {sample.weight_version for sample in group} == {version}
 

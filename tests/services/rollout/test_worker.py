@@ -1,4 +1,4 @@
-"""Deaths: an engine that ends is an error at once, and no engine outlives its actor."""
+"""Deaths without a restart left: an engine that ends is an error at once, and no engine outlives its actor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,10 +19,11 @@ from services.errors import ModelError, WorkerDied
 from services.jobspec import RolloutResources
 from services.rollout.fleet import RolloutFleet, rollout_spec
 from services.rollout.worker import RolloutSetup
+from tests.services.rollout.conftest import serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-ONE = RolloutResources(workers=1, cpus_per_worker=0.5, max_model_len=256, max_num_seqs=64)
+ONE = RolloutResources(workers=1, cpus_per_worker=0.5, max_model_len=256, max_num_seqs=64, restarts=0)
 PROMPTS = [Prompt(prompt_ids=(1, 3, 5 + i), text="", answer="", line=i + 1) for i in range(60)]
 
 
@@ -41,31 +42,33 @@ def group(spawn: Callable[[ActorSpec], ActorGroup]) -> ActorGroup:
     return spawn(rollout_spec(ONE))
 
 
-@pytest.mark.chaos
-def test_dead_engine_is_an_error_at_once(group: ActorGroup, model_folder: Path) -> None:
-    fleet = RolloutFleet(group, ONE)
-    fleet.start(str(model_folder), "bf16")
-    fleet.ready(timeout_s=150)
-    group.call("health", timeout_s=30)
-    [engine] = group.call_one(0, "engine_pids", timeout_s=30)
-    killer = threading.Timer(0.5, os.kill, (engine, signal.SIGKILL))
-    killer.start()
-    began = time.monotonic()
-    with pytest.raises(WorkerDied, match="vLLM engine process"):
-        fleet.generate(PROMPTS * 100, 8, SamplingConfig(max_tokens=200), seed=0, timeout_s=100)
-    assert 0.4 < time.monotonic() - began < 10
-    with pytest.raises(WorkerDied, match="vLLM engine process"):
-        group.call("health", timeout_s=10)
-    with pytest.raises(WorkerDied, match="vLLM engine process"):
-        fleet.load_weights(str(model_folder), 1, timeout_s=10)
+@pytest.fixture
+def fleet(group: ActorGroup, model_folder: Path) -> Iterator[RolloutFleet]:
+    built = RolloutFleet(group, ONE)
+    built.start(str(model_folder), "bf16")
+    built.ready(timeout_s=150)
+    serve(built, model_folder)
+    yield built
+    built.close()
     group.kill()
 
 
 @pytest.mark.chaos
-def test_engine_dies_with_its_actor(group: ActorGroup, model_folder: Path) -> None:
-    fleet = RolloutFleet(group, ONE)
-    fleet.start(str(model_folder), "bf16")
-    fleet.ready(timeout_s=150)
+def test_dead_engine_is_an_error_at_once(fleet: RolloutFleet, group: ActorGroup, model_folder: Path) -> None:
+    group.call_one(0, "heartbeat", timeout_s=30)
+    [engine] = group.call_one(0, "engine_pids", timeout_s=30)
+    killer = threading.Timer(0.5, os.kill, (engine, signal.SIGKILL))
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(WorkerDied, match="none can come back: rollout-0: expected the vLLM engine process to live"):
+        fleet.generate(PROMPTS * 100, 8, SamplingConfig(max_tokens=200), seed=0, timeout_s=100)
+    assert 0.4 < time.monotonic() - began < 10
+    with pytest.raises(WorkerDied, match="none can come back"):
+        serve(fleet, model_folder, 1)
+
+
+@pytest.mark.chaos
+def test_engine_dies_with_its_actor(fleet: RolloutFleet, group: ActorGroup) -> None:
     actor = group.call_one(0, "pid", timeout_s=30)
     engines = group.call_one(0, "engine_pids", timeout_s=30)
     os.kill(actor, signal.SIGKILL)
@@ -91,6 +94,9 @@ def test_actor_killed_while_the_engine_starts(group: ActorGroup, model_folder: P
 
 
 def test_a_folder_that_is_no_model(group: ActorGroup, tmp_path: Path) -> None:
+    fleet = RolloutFleet(group, ONE)
+    fleet.start(str(tmp_path), "bf16")
     with pytest.raises(ModelError, match="expected vLLM to start on"):
-        RolloutFleet(group, ONE).start(str(tmp_path), "bf16", 0, timeout_s=100)
+        fleet.ready(timeout_s=100)
+    fleet.close()
     group.kill()

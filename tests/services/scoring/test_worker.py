@@ -1,139 +1,76 @@
-"""Every fault of a scorer is a status of its own item, and no process outlives its owner."""
+"""Faults of scorers never reach an advantage: they are counted, and above the share the job stops."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
+import numpy as np
 import pytest
 
+from sedsft.config import RewardConfig
+from sedsft.grpo import group_advantages
+from sedsft.records import Score, ScoringItem
 from services.errors import RewardFailure
+from services.loops.engines import check_errors
+from services.scoring import worker as worker_module
+from services.scoring.fleet import score_figures
 from services.scoring.worker import ScoringWorker
 
-ROOT = Path(__file__).parents[3]
-FAULT_CHILD = (sys.executable, "-m", "tests.services.scoring.fault_child")
+FAULTS = {
+    "raise": "invalid",
+    "nan": "invalid",
+    "none": "invalid",
+    "sleep": "timeout",
+    "kill": "crashed",
+    "memory": "crashed",
+    "garbage": "crashed",
+}
+FAULT_COMMAND = (sys.executable, "-m", "tests.sedsft.rewards.fault_child")
 
 
-class FaultWorker(ScoringWorker):
-    child_command = FAULT_CHILD
-
-
-@pytest.fixture
-def worker() -> Iterator[FaultWorker]:
-    built = FaultWorker(0)
-    built.start("fault", timeout_s=0.5, memory_mb=512, processes=2)
-    yield built
-    built.stop()
-
-
-def gone(pid: int, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def test_order_and_rewards(worker: FaultWorker) -> None:
-    items = [("a", "a" if i % 3 == 0 else f"{i}") for i in range(500)]
-    scores = worker.score(items)
-    assert [s.reward for s in scores] == [1.0 if i % 3 == 0 else 0.0 for i in range(500)]
-    assert [s.extracted for s in scores] == [response for _, response in items]
-    assert {s.status for s in scores} == {"scored"}
-    assert worker.score([]) == []
-
-
-@pytest.mark.parametrize(
-    ("response", "status", "detail"),
-    [
-        ("raise", "invalid", "ZeroDivisionError: planted"),
-        ("nan", "invalid", "expected a finite reward, got nan"),
-        ("none", "invalid", "TypeError"),
-        ("loop", "timeout", "killed after 0.5 s"),
-        ("sleep", "timeout", "killed after 0.5 s"),
-        ("exit", "crashed", "process ended with code 3"),
-        ("kill", "crashed", "process ended with code -9"),
-        ("memory", "crashed", "memory limit of 512 MiB"),
-    ],
-)
-def test_a_fault_is_the_status_of_its_item_alone(worker: FaultWorker, response: str, status: str, detail: str) -> None:
-    items = [("x", "x")] * 100
-    items[20] = items[77] = ("x", response)
-    scores = worker.score(items)
-    assert len(scores) == 100
-    for index, score in enumerate(scores):
-        if index in (20, 77):
-            assert score.status == status
-            assert detail in score.detail
-            assert math.isnan(score.reward)
-        else:
-            assert (score.status, score.reward) == ("scored", 1.0)
-    assert len(worker.pids()) == 2
-
-
-def test_what_a_scorer_prints_does_not_disturb(worker: FaultWorker) -> None:
-    scores = worker.score([("x", "print"), ("x", "x")])
-    assert [s.reward for s in scores] == [0.0, 1.0]
-
-
-def test_odd_text_survives(worker: FaultWorker) -> None:
-    for text in ("", "\ud800", "\x00\n", "ü" * 300_000):
-        assert worker.score([(text, text)])[0].reward == 1.0
-
-
-def test_processes_killed_between_calls_are_replaced(worker: FaultWorker) -> None:
-    before = worker.pids()
-    for pid in before:
-        os.kill(pid, signal.SIGKILL)
-    time.sleep(0.1)
-    assert {s.status for s in worker.score([("x", "x")] * 50)} == {"scored"}
-    assert not set(before) & set(worker.pids())
-
-
-def test_a_scorer_that_cannot_start_is_an_error() -> None:
-    worker = ScoringWorker(4)
-    with pytest.raises(RewardFailure, match="expected a scoring process of reward-4 to be ready"):
-        worker.start("no-such-scorer", timeout_s=1, memory_mb=512, processes=1)
-    worker.stop()
-
-
-def test_no_process_is_left_after_stop(worker: FaultWorker) -> None:
-    pids = worker.pids()
-    worker.stop()
-    assert all(gone(pid, within_s=1) for pid in pids)
-
-
-def test_processes_die_with_their_owner_even_in_the_middle_of_an_item() -> None:
-    script = (
-        "from tests.services.scoring.test_worker import FaultWorker\n"
-        "w = FaultWorker(0); w.start('fault', 100, 512, 3); print(*w.pids(), flush=True); w.score([('x', 'loop')] * 3)\n"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, text=True)
-    assert owner.stdout is not None
-    pids = [int(pid) for pid in owner.stdout.readline().split()]
-    assert len(pids) == 3
-    time.sleep(0.2)
-    assert all(psutil.pid_exists(pid) for pid in pids)
-    owner.kill()
-    owner.wait()
-    assert all(gone(pid, within_s=2) for pid in pids)
-
-
-@pytest.mark.parametrize(
-    ("scorer", "right", "wrong"),
-    [("countdown", ("1 2 3>6", "1+2=3,3+3=6"), ("1 2 3>6", "1+2=3")), ("math", ("4", r"\boxed{4}"), ("4", r"\boxed{5}"))],
-)
-def test_registered_scorers(scorer: str, right: tuple[str, str], wrong: tuple[str, str]) -> None:
+def faulty_scores(monkeypatch: pytest.MonkeyPatch, responses: list[str]) -> list[Score]:
+    monkeypatch.setattr(worker_module, "scoring_command", lambda reward: FAULT_COMMAND)
     worker = ScoringWorker(0)
-    worker.start(scorer, timeout_s=10, memory_mb=2048, processes=1)
-    scores = worker.score([right, wrong])
+    worker.start(RewardConfig(timeout_s=0.5, memory_mb=512), 2)
+    try:
+        return worker.score([ScoringItem("x", response) for response in responses])
+    finally:
+        worker.stop()
+
+
+def test_no_fault_reaches_an_advantage_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 7 groups of 4 holds one fault; the others are 1, 1 and 0, whose mean is 2/3 without the fault's sample."""
+    responses = [response for fault in FAULTS for response in ("x", fault, "x", "y")]
+    scores = faulty_scores(monkeypatch, responses)
+    assert [score.status for score in scores[1::4]] == list(FAULTS.values())
+    assert all(math.isnan(score.reward) for score in scores[1::4])
+    rewards_PG = np.array([score.reward for score in scores]).reshape(7, 4)
+    valid_PG = np.array([score.status == "scored" for score in scores]).reshape(7, 4)
+    result = group_advantages(rewards_PG, valid_PG)
+    assert result.excluded_PG.tolist() == [[False, True, False, False]] * 7
+    # (1 - 2/3) / sqrt(1/3) with the deviation over n - 1
+    for row in result.advantages_PG:
+        np.testing.assert_allclose(row, [0.57735, 0.0, 0.57735, -1.15470], atol=1e-4)
+    figures = score_figures(scores)
+    assert {name: figures[name] for name in figures if name.startswith("scores_")} == {
+        "scores_scored": 21.0,
+        "scores_timeout": 1.0,
+        "scores_crashed": 3.0,
+        "scores_invalid": 3.0,
+    }
+
+
+def test_the_job_stops_above_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = faulty_scores(monkeypatch, ["x"] * 19 + ["raise"])
+    check_errors(scores, max_error_share=0.05)
+    with pytest.raises(RewardFailure, match=r"got 1 of 20 .*'invalid': 1.*first: ZeroDivisionError: planted"):
+        check_errors(scores, max_error_share=0.049)
+
+
+def test_a_scorer_that_cannot_start_is_a_failure_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "scoring_command", lambda reward: (sys.executable, "-c", "raise SystemExit(5)"))
+    worker = ScoringWorker(4)
+    with pytest.raises(RewardFailure, match="reward-4: expected a scoring process to be ready"):
+        worker.start(RewardConfig(), 1)
     worker.stop()
-    assert [(s.status, s.reward) for s in scores] == [("scored", 1.0), ("scored", 0.0)]

@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from sedsft.config import AdamWConfig, DataConfig, GRPOConfig, LoRAConfig, SEDObjective, SFTConfig
 from sedsft.data.batching import MicroBatch
 from sedsft.data.order import RowOrder
+from sedsft.grpo import loss_denominator
 from sedsft.head import linear_objective_loss
 from sedsft.records import Example, PolicyRow
 from services.checkpoints import FileRecord
@@ -55,6 +56,10 @@ class Case:
     rows: int = 7
     gradient_checkpointing: bool = False
     lora: dict[str, Any] | None = None
+    grpo: dict[str, Any] = field(default_factory=dict)
+    """Settings of the policy loss."""
+    filled: bool = True
+    """Policy rows carry the log-probabilities of p_old and, with a divergence, of the reference."""
 
 
 def examples(count: int) -> list[Example]:
@@ -117,6 +122,14 @@ def run_sft(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
     return record
 
 
+def save_gradients(worker: SFTWorker | PolicyWorker, ranks: RankSetup, path: Path) -> None:
+    # Reading a gradient is a collective under ZeRO, so every rank reads all of them.
+    trained = {name: p for name, p in worker._engine._model.named_parameters() if p.requires_grad}
+    gradients = {name: safe_get_full_grad(p).float().clone() for name, p in trained.items()}
+    if ranks.rank == 0:
+        save_file(gradients, path)
+
+
 def run_gradients(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
     """Reduced gradients of one pass, before any clipping."""
     worker = start_sft(case, ranks)
@@ -131,11 +144,7 @@ def run_gradients(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
 
     batches = worker._batches(rows[ranks.rank :: ranks.world_size])
     record = worker._engine.backward(batches, MicroBatch.empty(), loss)
-    # Reading a gradient is a collective under ZeRO, so every rank reads all of them.
-    trained = {name: p for name, p in worker._engine._model.named_parameters() if p.requires_grad}
-    gradients = {name: safe_get_full_grad(p).float().clone() for name, p in trained.items()}
-    if ranks.rank == 0:
-        save_file(gradients, folder / f"{case.name}.safetensors")
+    save_gradients(worker, ranks, folder / f"{case.name}.safetensors")
     return {**record, "micro_batches": len(batches)}
 
 
@@ -217,17 +226,71 @@ def run_skip(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
     return record
 
 
-def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+def start_policy(case: Case, ranks: RankSetup) -> PolicyWorker:
     config = GRPOConfig(
         data=DataConfig(path="unused.jsonl"),
         iterations=1,
         temperature=TEMPERATURE,
         optimizer=OPTIMIZER,
         micro_batch_size=case.micro_batch_size,
+        pack_tokens=case.pack_tokens,
+        max_prompt_tokens=6,
+        max_tokens=6,
         precision=case.precision,
+        **case.grpo,
     )
     worker = PolicyWorker(ranks.rank)
     worker.setup(PolicySetup(ranks, case.model, config, case.zero_stage, case.steps))
+    return worker
+
+
+def filled_rows(case: Case) -> list[PolicyRow]:
+    """`policy_rows` with made-up log-probabilities of what the case's loss needs."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for row in policy_rows(case.rows):
+        old, reference = rng.uniform(-6, -3, (2, len(row.response_ids_R))).astype(np.float32)
+        given = {"reference_log_probs_R": reference} if case.grpo.get("kl_weight") else {}
+        rows.append(replace(row, **given, **({"old_log_probs_R": old} if case.filled else {})))
+    return rows
+
+
+def policy_denominator(case: Case) -> int:
+    lengths = [len(row.response_ids_R) for row in policy_rows(case.rows)]
+    return loss_denominator(case.grpo.get("advantage", "grpo"), lengths, max_tokens=6)
+
+
+def run_policy_gradients(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    """Reduced gradients of one policy loss, before any clipping."""
+    worker = start_policy(case, ranks)
+    record = worker._backward(filled_rows(case)[ranks.rank :: ranks.world_size], policy_denominator(case))
+    save_gradients(worker, ranks, folder / f"{case.name}.safetensors")
+    return record
+
+
+def run_reference(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    """Log-probabilities under the starting weights behind some updates, and what asking for them leaves."""
+    worker = start_policy(case, ranks)
+    rows = filled_rows(case)[ranks.rank :: ranks.world_size]
+    pairs = [(row.prompt_ids_T, row.response_ids_R) for row in rows]
+
+    def log_probs(reference: bool = False) -> list[list[float]]:
+        return [values.tolist() for values in worker.log_probs(pairs, reference)]
+
+    record: dict[str, Any] = {"start": log_probs()}
+    for step in (1, 2):
+        worker.update(rows, policy_denominator(case), step)
+    record["trained"], before = log_probs(), worker._engine.state_tensors()
+    record["reference"], after = log_probs(reference=True), worker._engine.state_tensors()
+    record["again"] = log_probs()
+    record["differing"] = [name for name in before if not torch.equal(before[name], after[name])]
+    worker.update(rows, policy_denominator(case), 3)
+    record["reference again"] = log_probs(reference=True)
+    return record
+
+
+def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    worker = start_policy(case, ranks)
     rows = policy_rows(case.rows)
     denominator = sum(len(row.response_ids_R) for row in rows)
     shard = rows[ranks.rank :: ranks.world_size]
@@ -247,7 +310,15 @@ def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
 def main(folder: Path, rank: int) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     ranks = RankSetup(rank, plan["world_size"], "127.0.0.1", plan["port"])
-    run = {"sft": run_sft, "gradients": run_gradients, "resume": run_resume, "skip": run_skip, "policy": run_policy}
+    run = {
+        "sft": run_sft,
+        "gradients": run_gradients,
+        "resume": run_resume,
+        "skip": run_skip,
+        "policy": run_policy,
+        "policy_gradients": run_policy_gradients,
+        "reference": run_reference,
+    }
     for case in (Case(**values) for values in plan["cases"]):
         torch.manual_seed(0)
         record = run[case.kind](case, ranks, folder)

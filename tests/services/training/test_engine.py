@@ -254,7 +254,8 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, model_path: str, precisi
 
 @pytest.mark.slow
 def test_policy_update_against_autograd(tmp_path: Path, model_path: str) -> None:
-    cases = [Case(f"z{stage}", model_path, "policy", stage, micro_batch_size=2, steps=1) for stage in (2, 3)]
+    plain = {"tis_cap": None, "dual_clip": None}
+    cases = [Case(f"z{stage}", model_path, "policy", stage, micro_batch_size=2, steps=1, grpo=plain) for stage in (2, 3)]
     found = run_ranks(tmp_path, 2, cases)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     rows = policy_rows(7)
