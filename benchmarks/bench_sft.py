@@ -6,8 +6,8 @@ All variants see the same rows with the same chat template and loss mask, `--row
 rows or of up to 1,024 packed tokens, with activations recomputed in the backward pass and bf16 arithmetic over fp32 weights.
 That is how TRL runs as it ships. `kept` variants keep activations. TRL and this project take turns, each in a process of its
 own whose first step is not timed; this project's CE and SED take turns on the same rows in one. Tokens are those of rows, never
-padding. Speeds are those of the fastest step. Needs requirements/bench.txt and what examples/prepare_smollm2.py makes.
-Writes bench_sft.json beside it.
+padding. Speeds are those of the fastest step; SED's step over CE's is the median over the pairs on the same rows. Needs
+requirements/bench.txt and what examples/prepare_smollm2.py makes. Writes bench_sft.json beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import resource
 import socket
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -213,10 +214,18 @@ def main() -> None:
         row |= {"peak_mb": peak, "of_trl_peak": peak / peer_peak, "rounds": [asdict(measured) for measured in rounds]}
         rows.append(row)
         print(f"{row['variant']:22} {speed:6.1f} tokens/s {speed / peer_speed:5.2f}x  {peak:6.0f} MB {peak / peer_peak:5.2f}x")
+    ratios = {str(way): _sed_over_ce(taken["ours, CE", way], taken["ours, SED", way]) for way in ways}
+    print("time of a step, SED over CE:", ", ".join(f"{way} {ratio:.3f}" for way, ratio in ratios.items()))
     machine = {"processor": processor(), "torch": torch.__version__, "rows": options.rows, "threads": options.threads}
     Path(__file__).with_suffix(".json").write_text(
-        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"machine": machine, "rows": rows, "sed_step_over_ce": ratios}, indent=1) + "\n", encoding="utf-8"
     )
+
+
+def _sed_over_ce(ce: Sequence[Measured], sed: Sequence[Measured]) -> float:
+    """Median over steps of time of SED / time of CE, which took turns on the same rows."""
+    pairs = zip((s for m in ce for s in m.tokens_per_s), (s for m in sed for s in m.tokens_per_s), strict=True)
+    return statistics.median(ce_speed / sed_speed for ce_speed, sed_speed in pairs)
 
 
 def _best(rounds: Sequence[Measured]) -> tuple[float, float]:
