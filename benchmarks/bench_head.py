@@ -9,7 +9,8 @@ one piece and in the head's own chunks. `TRL, CE` is its chunked log-probability
 cross-entropy and Apple's cut-cross-entropy take part where they are installed.
 
 Each measurement is a process of its own, so that its peak memory is the variant's; variants alternate within a round; the
-best of the rounds is reported. Needs requirements/bench.txt. Writes bench_head.json, or bench_head_table.json, beside it.
+best of the rounds is reported. Needs requirements/bench.txt. Writes bench_head.json, or bench_head_table.json, beside it;
+the table goes on with the sizes that its file does not hold yet.
 """
 
 from __future__ import annotations
@@ -295,15 +296,26 @@ def main() -> None:
     sizes = [(n, v, "bfloat16") for v in (32_000, 128_256, 151_936) for n in (1024, 4096, 16_384)]
     if not options.table:
         sizes = [(options.tokens, options.vocabulary, dtype) for dtype in DTYPES]
-    rows = []
-    for tokens, vocabulary, dtype in sizes:
-        shape = (dtype, tokens, options.hidden, vocabulary, options.threads, options.device)
-        cases = [Case(name, *shape) for name in variants(options.device)]
-        rows += table(cases, 1 if options.table else options.rounds)
     name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
     machine = {"processor": name, "threads": options.threads, "torch": torch.__version__, "hidden": options.hidden}
     file = Path(__file__).with_name("bench_head_table.json" if options.table else "bench_head.json")
-    file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    rows = _earlier(file, machine) if options.table else []
+    for tokens, vocabulary, dtype in sizes:
+        if any((row["tokens"], row["vocabulary"]) == (tokens, vocabulary) for row in rows if options.table):
+            continue
+        shape = (dtype, tokens, options.hidden, vocabulary, options.threads, options.device)
+        cases = [Case(name, *shape) for name in variants(options.device)]
+        rows += table(cases, 1 if options.table else options.rounds)
+        file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _earlier(file: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an earlier run on the same machine has left."""
+    if not file.exists():
+        return []
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = report["rows"]
+    return rows if report["machine"] == machine else []
 
 
 if __name__ == "__main__":
