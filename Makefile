@@ -57,10 +57,12 @@ bench: setup
 	for script in benchmarks/bench_*.py; do $(TEST_ENV) $(BIN)/python $$script || exit 1; done
 	$(TEST_ENV) $(BIN)/python benchmarks/bench_head.py --table
 
-# Long runs that show exact resume after kills and the share of masked tokens.
+# Long runs that show exact resume after kills, the share of masked tokens and the objectives over seeds.
 proofs: setup
 	$(TEST_ENV) $(BIN)/python -m benchmarks.resume_table
 	$(TEST_ENV) $(BIN)/python benchmarks/tau_drift.py
+	$(TEST_ENV) $(BIN)/python benchmarks/sync_gaps.py
+	$(TEST_ENV) $(BIN)/python -m benchmarks.seeds_table
 
 # Regenerates both locks; run it after changing requirements/*.in and commit the result.
 lock: setup

@@ -29,6 +29,7 @@ from api.jobs.service import JobService
 from api.jobs.store import JobStore
 from api.reconciler import Reconciler, Timing
 from api.settings import Settings
+from services.preflight import RewardRights
 
 DESCRIPTION = """
 SED-SFT and GRPO as jobs on Ray: post a spec, follow its progress, deploy its checkpoints.
@@ -56,8 +57,9 @@ def create_app(settings: Settings, backends: tuple[LaunchBackend, ServeBackend] 
             app.state.reconciler = reconciler
             # Where the cluster reads and writes runs, it can read data, too.
             hub_home = settings.runs if settings.allow_hub else None
+            rights = RewardRights(settings.reward_hosts, settings.allow_reward_code)
             app.state.jobs = JobService(
-                jobs, settings.runs, settings.allowed_roots, reconciler.cluster_resources, hub_home, settings.reward_hosts
+                jobs, settings.runs, settings.allowed_roots, reconciler.cluster_resources, hub_home, rights
             )
             app.state.deployments = DeploymentService(deployments, jobs, settings.allowed_roots, reconciler.cluster_resources)
             loop = asyncio.create_task(reconciler.run())

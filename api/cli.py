@@ -191,6 +191,23 @@ def cancel(job_id: JobId) -> None:
 
 
 @app.command()
+def resize(
+    job_id: JobId,
+    rollout_workers: Annotated[int, typer.Option(min=1, help="Rollout engines from now on.")],
+    as_json: AsJson = False,
+) -> None:
+    """Change the number of rollout engines of a job whose rl stage is under way."""
+    with _client() as client:
+        job = client.resize(job_id, rollout_workers)
+    if as_json:
+        _print_json(job)
+        return
+    engines = job["rollout"]
+    now = f"; {engines['alive']} live, {engines['ready']} serve now" if engines else ""
+    out.print(f"{rollout_workers} rollout workers wanted{now}")
+
+
+@app.command()
 def report(
     job_id: JobId, output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("report.html")
 ) -> None:

@@ -98,6 +98,10 @@ class Client:
         """Ask a job to end."""
         return self._json("POST", f"/v1/jobs/{job_id}/cancel")
 
+    def resize(self, job_id: str, rollout_workers: int) -> Json:
+        """Want so many rollout engines in the RL stage that is under way."""
+        return self._json("PATCH", f"/v1/jobs/{job_id}", json={"rollout": {"workers": rollout_workers}})
+
     def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
         """Events with seq > `after`."""
         return self._pages(f"/v1/jobs/{job_id}/events", {"after": after, "limit": 1000})

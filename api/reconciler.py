@@ -1,7 +1,8 @@
 """One loop that makes the cluster follow the database, and the database follow the cluster. It owns every call to Ray.
 
-A job is never failed because Ray does not answer. What ends it: its driver's result; the end or loss of its run; a driver
-silent for too long; its deadline. After that the run is stopped until nothing of it is left.
+A job is never failed because Ray does not answer. What ends it: its driver's result; its deadline; the end or loss of its run
+and a driver silent for too long, once the job's `recovery` allows no other attempt. After that the run is stopped until nothing
+of it is left. A new attempt starts when the one before it is over.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from api.deployments.served import reserved, served_app
 from api.deployments.store import DeploymentRow, DeploymentStore
 from api.ids import run_name
 from api.jobs.store import TERMINAL, Active, AttemptRow, JobRow, JobStatus, JobStore
-from services.rundir import Result, read_lines, read_result, read_status, write_atomically
+from services.failure_policy import GiveUp, decide
+from services.jobspec import Recovery
+from services.rundir import (
+    Control,
+    Result,
+    death_of,
+    failures_before,
+    read_lines,
+    read_result,
+    read_status,
+    write_atomically,
+    write_control,
+)
 
 log = logging.getLogger("sedsft.reconciler")
 
@@ -28,6 +41,8 @@ EXIT_GRACE_S = 10.0
 MAX_SUBMITS = 5
 CLUSTER_MAX_AGE_S = 10.0
 LOG_LINES = 15
+STOP_LIMITS = 3.0
+"""Heartbeat time-outs after which a run that cannot be stopped ends its job all the same."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,8 @@ class _Memory:
     changed_at: float | None = None
     stopped_at: float = float("-inf")
     error: str = ""
+    silent: bool = False
+    control_seq: int = 0
 
 
 class Reconciler:
@@ -177,21 +194,23 @@ class Reconciler:
             await self._clean_up(item, observation, memory)
             return
         heartbeat = await self._progress(job, folder)
+        await self._control(job, folder, memory)
         result = await asyncio.to_thread(read_result, folder)
-        if result is not None:
+        # A driver that somebody else stopped, a node's shutdown say, has not done what is wanted of it: it counts as dead.
+        if result is not None and (result.status != "cancelled" or job.desired_state == "cancel"):
             await self._finish_with(job, result)
             return
         match observation.state:
             case "ended":
-                await self._finish_dead(job, folder, observation.message)
+                await self._dead(item, folder, observation.message)
             case "absent" if attempt.observed:
-                await self._finish_dead(job, folder, "the cluster no longer knows the run; Ray was restarted or its head died")
+                await self._dead(item, folder, "the cluster no longer knows the run; Ray was restarted or its head died")
             case "absent" if job.desired_state == "cancel":
                 await self._finish(job, "cancelled", ("cancelled_by_user", "cancelled before it started"))
             case "absent" if may_start:
                 await self._submit(job, attempt, folder)
             case "pending" | "running" | "unreachable" if attempt.observed:
-                await self._watch(item, observation, memory, heartbeat)
+                await self._watch(item, observation, memory, heartbeat, folder)
 
     async def _submit(self, job: JobRow, attempt: AttemptRow, folder: Path) -> None:
         run = RunSpec(attempt.run_name, folder, job.id, job.name, job.type, attempt.number)
@@ -209,7 +228,9 @@ class Reconciler:
         await asyncio.to_thread(self._jobs.observed, attempt)
         await asyncio.to_thread(self._jobs.transition, job.id, "provisioning")
 
-    async def _watch(self, item: Active, observation: Observation, memory: _Memory, heartbeat: float | None) -> None:
+    async def _watch(
+        self, item: Active, observation: Observation, memory: _Memory, heartbeat: float | None, folder: Path
+    ) -> None:
         """A run that lives, or of which nothing is known: cancel, deadline, heartbeat."""
         job, now = item.job, time.monotonic()
         if job.status == "queued":
@@ -225,10 +246,19 @@ class Reconciler:
         if memory.changed_at is None or heartbeat != memory.heartbeat or not_started:
             memory.heartbeat, memory.changed_at = heartbeat, now
         limit_s = self._timing.start_timeout_s if heartbeat is None else self._timing.heartbeat_timeout_s
-        if now - memory.changed_at > limit_s:
-            status: JobStatus = "cancelled" if job.desired_state == "cancel" else "failed"
+        silent_s = now - memory.changed_at
+        if silent_s > limit_s:
             message = f"expected a sign of life from the driver every {limit_s:g} s, it was silent longer; see the job's logs"
-            await self._finish(job, status, ("heartbeat_lost", message))
+            give_up = silent_s > STOP_LIMITS * limit_s or job.desired_state == "cancel"
+            if give_up or await asyncio.to_thread(self._why_not_again, job, folder) is not None:
+                status: JobStatus = "cancelled" if job.desired_state == "cancel" else "failed"
+                await self._finish(job, status, ("heartbeat_lost", message))
+                return
+            if not memory.silent:
+                memory.silent = True
+                await asyncio.to_thread(self._jobs.event, job.id, "driver_silent", f"{message}. Its run is stopped")
+            if observation.state != "unreachable":
+                await self._stop(item.attempt, memory)
 
     async def _clean_up(self, item: Active, observation: Observation, memory: _Memory) -> None:
         if observation.state in ("absent", "ended"):
@@ -272,6 +302,13 @@ class Reconciler:
             await asyncio.to_thread(self._jobs.progress, job.id, asdict(progress), heartbeat)
         return heartbeat
 
+    async def _control(self, job: JobRow, folder: Path, memory: _Memory) -> None:
+        """Pass on to the driver of the newest attempt what is wanted of a stage."""
+        if job.resize is None or job.resize["seq"] == memory.control_seq or not folder.exists():
+            return
+        await asyncio.to_thread(write_control, folder, Control(**job.resize))
+        memory.control_seq = job.resize["seq"]
+
     # -------------------------------------------------------------------------------------------------- ending
 
     async def _finish(self, job: JobRow, status: JobStatus, reason: tuple[str, str]) -> None:
@@ -285,15 +322,30 @@ class Reconciler:
             status, reason = "cancelled", ("cancelled_by_user", f"cancelled on request{detail}")
         await asyncio.to_thread(self._jobs.finish, job.id, status, reason, result.checkpoints, result.stage_seconds)
 
-    async def _finish_dead(self, job: JobRow, folder: Path, said: str) -> None:
-        """The run is over and its driver left no result."""
+    async def _dead(self, item: Active, folder: Path, said: str) -> None:
+        """The run is over and its driver left no result: a new attempt goes on, or the job ends."""
+        job = item.job
         if job.desired_state == "cancel":
             await self._finish(job, "cancelled", ("cancelled_by_user", "cancelled on request"))
             return
         tail = await asyncio.to_thread(_log_tail, folder / "driver.log", said)
         head = said.partition("\n")[0][:500]
-        message = f"expected the driver to leave a result, it ended without one ({head}); last lines of its log:\n{tail}"
+        message = f"expected the driver to leave a result, it ended without one ({head})"
+        why_not = await asyncio.to_thread(self._why_not_again, job, folder)
+        if why_not is None:
+            await asyncio.to_thread(self._jobs.again, item.attempt, f"{message}; another attempt goes on", log=tail)
+            return
+        message = f"{message}. Not tried again: {why_not}; last lines of its log:\n{tail}"
         await self._finish(job, "failed", ("driver_died", message))
+
+    def _why_not_again(self, job: JobRow, folder: Path) -> str | None:
+        """Why no other attempt may follow on the death of this one; None where one may."""
+        recovery = Recovery.model_validate(job.spec.get("recovery", {}))
+        try:
+            verdict = decide(death_of(folder), failures_before(folder), recovery)
+        except (ValueError, KeyError, TypeError) as error:
+            return f"what it left in {folder} cannot be read ({error!r})"
+        return verdict.why if isinstance(verdict, GiveUp) else None
 
     # --------------------------------------------------------------------------------------------- deployments
 

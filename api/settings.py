@@ -34,6 +34,9 @@ class Settings(BaseSettings):
     into `home/runs/hub` when the job is submitted. Jobs themselves never use the network."""
     reward_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Hosts that rewards of the kind `remote` may ask, as `name` or `name:port`, separated by commas."""
+    allow_reward_code: bool = False
+    """Whether a reward may be a Python file of the job's owner. It runs in a sandbox, which the kernel must be able to give:
+    user namespaces, Landlock and seccomp."""
     ray_dashboard: str = "http://127.0.0.1:8265"
     """URL of Ray's dashboard, whose REST API runs jobs and serves models."""
     ray_token_path: Path | None = Field(default_factory=lambda data: data["home"] / "ray_token")
@@ -128,6 +131,7 @@ def child_environment(settings: Settings, stack_id: str) -> dict[str, str]:
         "SEDSFT_ALLOWED_ROOTS": os.pathsep.join(str(root) for root in settings.allowed_roots),
         "SEDSFT_ALLOW_HUB": str(settings.allow_hub),
         "SEDSFT_REWARD_HOSTS": ",".join(settings.reward_hosts),
+        "SEDSFT_ALLOW_REWARD_CODE": str(settings.allow_reward_code),
         "SEDSFT_RAY_DASHBOARD": settings.ray_dashboard,
         "SEDSFT_RAY_TOKEN_PATH": str(settings.ray_token_path or ""),
         "SEDSFT_SERVE_PORT": str(settings.serve_port),

@@ -120,11 +120,11 @@ def _panel(summary: Summary, objectives: Sequence[str], figure: str, left: int) 
     span = (high - low) or 1.0
 
     def x(value: float) -> float:
-        return round(left + 8 + (value - low) / span * (PANEL_WIDTH - 30), 1)
+        return round(left + 8 + (value - low) / span * (PANEL_WIDTH - 50), 1)
 
     digits = 1 if figure == "self_bleu" else 2
     top, bottom = _row_y(0) - 14, _row_y(len(objectives) - 1) + 14
-    parts = [f'<text x="{left + (PANEL_WIDTH - 14) / 2}" y="14" text-anchor="middle">{TITLES[figure]}</text>']
+    parts = [f'<text x="{left + (PANEL_WIDTH - 34) / 2}" y="14" text-anchor="middle">{TITLES[figure]}</text>']
     for value, anchor in ((low, "start"), (high, "end")):
         parts.append(f'<line x1="{x(value)}" x2="{x(value)}" y1="{top}" y2="{bottom}" stroke="#e4e8ec"/>')
         parts.append(f'<text x="{x(value)}" y="{bottom + 12}" text-anchor="{anchor}">{value:.{digits}f}</text>')

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import socket
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 from api import stack
 from api.client import ENDED, Client
 from api.settings import Settings
+from benchmarks.bench_head import processor
 from benchmarks.seeds_page import page, picture
 from sedsft.tasks.demo import prepare, write_data
 from sedsft.tasks.tiny_model import DEFAULT_RECIPE
@@ -193,7 +193,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     template = job(Path(), 0, options)
     report: dict[str, Any] = {
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("torch", "ray", "deepspeed")},
         "job": template,
         "seeds": {},
@@ -208,10 +208,14 @@ def main() -> int:
 
     failures: list[str] = []
     if missing:
+        print(f"base model and data in {options.folder}; the base is trained once, in about 80 s", flush=True)
         prepare(options.folder, ROOT / ".cache" / "demo" / "cache", DEFAULT_RECIPE, threads=2)
         for seed in missing:
             write_data(options.folder / f"data-{seed}", seed)
-        failures = run(missing, options, finished)
+        try:
+            failures = run(missing, options, finished)
+        except KeyboardInterrupt:
+            failures = ["interrupted; run it again to go on with the seeds that are missing"]
     else:
         _write(report, options)
     print("\n".join(failures) or f"{len(report['seeds'])} seeds in {options.out}")

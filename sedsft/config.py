@@ -1,7 +1,7 @@
 """Settings of the algorithms: frozen pydantic models, validated once and never changed afterwards.
 
 Imports nothing heavier than pydantic, so that the API and the command line can check a job without torch. How rewards are
-set is in `sedsft.reward_config`.
+set is in `sedsft.reward_config`, how sampling and training overlap in `sedsft.overlap_config`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from sedsft.config_base import Config as Config
+from sedsft.overlap_config import AsyncOverlap as AsyncOverlap
+from sedsft.overlap_config import OneStepOffOverlap as OneStepOffOverlap
+from sedsft.overlap_config import Overlap as Overlap
+from sedsft.overlap_config import SyncOverlap as SyncOverlap
 from sedsft.reward_config import AnswerReward as AnswerReward
+from sedsft.reward_config import CodeReward as CodeReward
 from sedsft.reward_config import FormatReward as FormatReward
 from sedsft.reward_config import LengthReward as LengthReward
 from sedsft.reward_config import OverlongPenalty as OverlongPenalty
@@ -99,8 +104,8 @@ class DataConfig(Config):
     also compressed (.gz, .zst). Several files are read in the order of their paths. They may be
     larger than memory, except lists in .json, which may have 512 MiB of text. Where the operator allows it
     (`SEDSFT_ALLOW_HUB`), also `hf://owner/name[@revision][/file, folder or pattern]`: data files of that data set of the
-    Hugging Face hub, downloaded when the job is submitted and pinned to a commit. In an `rl` or `filter` stage
-    also `stage:NAME`: the rows that the filter stage of that name, earlier in the pipeline, has kept."""
+    Hugging Face hub, downloaded when the job is submitted and pinned to a commit. In an `rl`, `filter` or
+    `gate` stage also `stage:NAME`: the rows that the filter stage of that name, earlier in the pipeline, has kept."""
     format: Literal["auto"] | Layout = "auto"
     """Layout of the rows of all files. `auto` looks at the columns of the first row and refuses what fits more than one."""
     columns: Annotated[dict[str, str], Field(max_length=16)] = Field(default_factory=dict)
@@ -270,6 +275,32 @@ class SamplingConfig(Config):
     """Longest response in tokens."""
 
 
+class LedgerConfig(Config):
+    """Exploration ledger: fixed prompts, sampled with fixed seeds at set intervals during RL and never trained on."""
+
+    data: DataConfig | None = None
+    """Probe prompts with their gold answers; None: the first rows of the stage's data, which it trains on as well."""
+    prompts: PositiveInt = 32
+    """Prompts of a probe."""
+    samples: Annotated[int, Field(ge=2, le=256)] = 8
+    """Responses per prompt, drawn as the stage draws its own."""
+    pass_k: PositiveInt = 8
+    """k of the unbiased pass@k estimate, at most `samples`."""
+    every_iterations: PositiveInt = 10
+    """Iterations between probes; there is one before the first and one behind the last in any case."""
+    entropy_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the first probe's entropy per token that may be spent without a rise of pass@1; beyond it the event
+    `exploration_spent` tells."""
+    smoothing_probes: PositiveInt = 3
+    """Newest probes over which pass@1 is averaged before it is compared with the first."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> LedgerConfig:
+        if self.pass_k > self.samples:
+            raise ValueError(f"expected pass_k of at most samples={self.samples}, got {self.pass_k}; lower it or draw more")
+        return self
+
+
 AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 
 
@@ -282,6 +313,8 @@ class GRPOConfig(Config):
     """Scorer of a response."""
     iterations: PositiveInt
     """Rounds of sample, score, update, sync."""
+    overlap: Overlap = SyncOverlap()
+    """Whether engines sample while trainers train; docs/rl.md tells what each mode costs and gains."""
     prompts_per_iteration: PositiveInt = 256
     """Prompts drawn in one iteration."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -324,6 +357,8 @@ class GRPOConfig(Config):
     """Prompts longer than this are dropped and counted."""
     optimizer: AdamWConfig = AdamWConfig(learning_rate=1e-6, schedule="constant")
     """Optimizer and schedule, counted in optimizer steps."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters and leave the model's own weights as they are; engines and checkpoints get the two merged."""
     precision: Precision = "bf16"
     """Arithmetic of forward and backward in the trainer, and of the sampler."""
     max_logprob_gap: Annotated[float, Field(gt=0)] = 0.05
@@ -332,6 +367,8 @@ class GRPOConfig(Config):
     """Prompts of the probe that checks every weight sync."""
     readiness_prompts: Annotated[int, Field(ge=0)] = 32
     """Prompts sampled before the first update for the readiness figures; 0 skips them."""
+    ledger: LedgerConfig | None = None
+    """Probes of what is left to explore while the stage trains; None: no probes."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """When training state is saved."""
     seed: int = 42
@@ -353,6 +390,11 @@ class GRPOConfig(Config):
             raise ValueError(
                 "expected no max_refills with advantage='reinforce_pp', since groups that do not vary teach there as well; "
                 "remove it or choose 'reinforce_pp_baseline'"
+            )
+        if self.overlap.mode == "async" and self.max_refills is not None:
+            raise ValueError(
+                "expected no max_refills with overlap mode 'async', since its iterations take what is there and have no rounds "
+                "to refill; remove it or choose 'one_step_off'"
             )
         if self.pack_tokens is None:
             return self

@@ -111,8 +111,26 @@ class RemoteReward(Config):
         return self.timeout_s * (1 + self.retries) + pauses
 
 
+class CodeReward(Config):
+    """The number that a Python function of the user's own returns, where the operator allows it (`SEDSFT_ALLOW_REWARD_CODE`).
+
+    It is called as `function(response, gold, data_source, response_tokens)` in a process of its own, without network, files to
+    write, other processes or environment; docs/rewards.md says what it can use. What it raises is an error of the sample.
+    """
+
+    type: Literal["code"] = "code"
+    weight: float = 1.0
+    """Factor in the sum of components."""
+    path: Annotated[str, Field(pattern=r"\.py$", max_length=4096)]
+    """A Python file below one of the service's allowed roots; it may import what is installed, not its neighbours."""
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)] = "score"
+    """Name of the function in it."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Hash of the file, noted when the job is submitted; other content is refused from then on."""
+
+
 RewardComponent = Annotated[
-    AnswerReward | FormatReward | LengthReward | OverlongPenalty | RemoteReward, Field(discriminator="type")
+    AnswerReward | FormatReward | LengthReward | OverlongPenalty | RemoteReward | CodeReward, Field(discriminator="type")
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorAlreadyExistsError, RayError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, OutOfMemoryError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -200,9 +200,11 @@ class ActorGroup:
             raise
         # Every other error of Ray means that the member cannot answer: process, node or memory are gone.
         except RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            # Of a process that was killed for memory, the last line is a page of advice.
+            cause = lines[0] if isinstance(error, OutOfMemoryError) else lines[-1]
             raise WorkerDied(
-                f"expected {name} to answer {method}, its process ended: {str(error).strip().splitlines()[-1]}. "
-                "Look at its log (memory limit, signal, node loss), then submit the job again"
+                f"expected {name} to answer {method}, its process ended: {cause}. Its log says more (memory, signal, node loss)"
             ) from error
 
     def check(self) -> None:

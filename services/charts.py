@@ -123,6 +123,11 @@ def line_chart(title: str, note: str, series: Mapping[str, Series], x_label: str
     )
 
 
+def round_ticks(low: float, high: float, about: int) -> list[float]:
+    """About so many round numbers within low..high."""
+    return _ticks(low, high, about, integers=False)
+
+
 def figure(value: float) -> str:
     """A number in at most four significant digits: 0.1234, 12.34, 1,234, 2.5e-05."""
     if not math.isfinite(value):

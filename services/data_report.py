@@ -32,7 +32,7 @@ from sedsft.data.overlap import NGRAM_WORDS, BenchmarkOverlap, OverlapScan
 from sedsft.data.report import DataReport, build_data_report
 from sedsft.data.sources import read_benchmark
 from services.charts import Bars, bar_chart
-from services.jobspec import JOB_SPEC, EvalStage, JobSpec, SFTStage, stages_of
+from services.jobspec import JOB_SPEC, EvalStage, JobSpec, SFTStage, model_refs, stages_of
 from services.run import Run
 from services.rundir import write_atomically
 
@@ -135,8 +135,9 @@ def check_data(spec: JobSpec, out: Path) -> int:
     for stage in stages_of(spec):
         if isinstance(stage, EvalStage):
             continue
-        # The tokenizer of a checkpoint is that of the model it began with.
-        models[stage.name] = Path(stage.model.path) if stage.model.path is not None else models[str(stage.model.stage)]
+        # The tokenizer of a checkpoint is that of the model it began with; which one a gate will promote is not known yet.
+        ref = model_refs(stage)[0]
+        models[stage.name] = Path(ref.path) if ref.path is not None else models[str(ref.stage)]
         if not isinstance(stage, SFTStage):
             continue
         with tempfile.TemporaryDirectory() as scratch:

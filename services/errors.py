@@ -45,6 +45,16 @@ class WorkerDied(JobError):
     code = "worker_died"
 
 
+class NoneLeft(WorkerDied):
+    """Those that died were started again as often as they may be, so starting the stage again would not help."""
+
+
+class GateFailed(JobError):
+    """No candidate of a readiness gate reaches its thresholds."""
+
+    code = "gate_failed"
+
+
 class TrainingDiverged(JobError):
     """The loss or the gradient norm is not a finite number."""
 
@@ -57,10 +67,28 @@ class WeightSyncMismatch(JobError):
     code = "weight_sync_mismatch"
 
 
+class WeightSendFailed(JobError):
+    """Weights that trainers sent did not reach the engines; what those hold now is unknown."""
+
+    code = "weight_send_failed"
+
+
 class RewardFailure(JobError):
     """Too many samples could not be scored."""
 
     code = "reward_errors"
+
+
+class StaleSamples(JobError):
+    """Samples drawn with weights older than the overlap of sampling and training allows, or newer than the trainer's."""
+
+    code = "stale_samples"
+
+
+class GroupsLost(JobError):
+    """Rollout groups that were asked for are neither used nor dropped nor under way."""
+
+    code = "groups_lost"
 
 
 class CheckpointInvalid(JobError):

@@ -1,7 +1,7 @@
 """The job spec: what a user posts, what the API validates and what the driver runs. Pydantic only, no torch.
 
-A job is one stage (`sft`, `rl`, `eval`, `filter`) or a `pipeline` of stages in order. A stage starts from a model folder or
-from the checkpoint that an earlier stage left.
+A job is one stage (`sft`, `gate`, `rl`, `eval`, `filter`) or a `pipeline` of stages in order. A stage starts from a model
+folder or from the checkpoint that an earlier stage left.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
 from sedsft.config import Config, EvalConfig, FilterConfig, GRPOConfig, SFTConfig
+from sedsft.gate_config import GateConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 
@@ -21,13 +22,19 @@ class ModelRef(Config):
     path: str | None = None
     """A Hugging Face model folder with safetensors below one of the service's allowed roots."""
     stage: Name | None = None
-    """Name of an earlier `sft` or `rl` stage of the same pipeline, whose last checkpoint is used."""
+    """Name of an earlier stage of the same pipeline: of an `sft` or `rl` stage, whose last checkpoint is used, or of a `gate`,
+    whose winner is."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRef:
         if (self.path is None) == (self.stage is None):
             raise ValueError('expected exactly one of {"path": ...} and {"stage": ...}')
         return self
+
+    @property
+    def label(self) -> str:
+        """The stage's name or the path, for people."""
+        return self.stage if self.stage is not None else str(self.path)
 
 
 # ---------------------------------------------------------------------------------------------- resources
@@ -44,6 +51,27 @@ class TrainerResources(Config):
     """1 trains on a GPU with NCCL, 0 on CPU with gloo."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+
+
+Backend = Literal["gloo", "nccl"]
+"""Where vLLM's weight-transfer engines of that name get their tensors from."""
+
+
+class SyncSettings(Config):
+    """How weights get from trainers into engines, and how long each phase of it may take. docs/rl.md tells the transports."""
+
+    transport: Literal["auto", "files", "gloo", "nccl"] = "auto"
+    """`files`: safetensors in the run's folder, which trainers write and engines read. `gloo`: from memory to memory over TCP,
+    between CPUs. `nccl`: between GPUs. `auto`: `nccl` where trainers and engines have GPUs, else `files`. What holds still,
+    the models of `eval`, `filter` and `gate` stages, always comes from its own files."""
+    bucket_mb: PositiveInt = 256
+    """MiB of parameters that are gathered from the ranks, written or sent at a time; a larger tensor goes alone."""
+    export_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds until the trainers have written their weights, or are ready to send them."""
+    load_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds until engines have loaded the weights; gathering and sending them included."""
+    probe_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds until engines have sampled the probe, and as many until trainers have scored it."""
 
 
 class RolloutResources(Config):
@@ -72,6 +100,20 @@ class RolloutResources(Config):
     Above four times the engine's longest forward pass."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often an engine that died is started again within an hour."""
+    sync: SyncSettings = SyncSettings()
+    """How new weights come into the engines."""
+
+    @property
+    def transfer_backend(self) -> Backend | None:
+        """What engines are built to receive weights with, beside files."""
+        if self.sync.transport == "auto":
+            return "nccl" if self.gpus_per_worker else None
+        return None if self.sync.transport == "files" else self.sync.transport
+
+    @model_validator(mode="after")
+    def _transport_fits(self) -> RolloutResources:
+        _check_transport(self.sync.transport, "rollout.gpus_per_worker", self.gpus_per_worker)
+        return self
 
     @model_validator(mode="after")
     def _parallel_fits(self) -> RolloutResources:
@@ -84,6 +126,14 @@ class RolloutResources(Config):
         return self
 
 
+def _check_transport(transport: str, field: str, gpus: int) -> None:
+    """Both ends of a transport must have what it runs on."""
+    if transport == "nccl" and not gpus:
+        raise ValueError(f"expected {field} of at least 1 with sync.transport='nccl', got 0; choose 'auto', 'files' or 'gloo'")
+    if transport == "gloo" and gpus:
+        raise ValueError(f"expected {field}=0 with sync.transport='gloo', got {gpus}; choose 'auto', 'files' or 'nccl'")
+
+
 class ScorerResources(Config):
     """Reward workers, one actor each, every one with its own killable scoring processes."""
 
@@ -93,6 +143,8 @@ class ScorerResources(Config):
     """CPU cores reserved per actor."""
     processes: PositiveInt = 2
     """Scoring processes of one actor."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often actors that died are started again within an hour, all of them together."""
 
 
 REFERENCE_CPUS = 0.1
@@ -133,9 +185,20 @@ class RLStage(Config):
     scorer: ScorerResources = ScorerResources()
     """Reward workers."""
 
+    @property
+    def transfer_backend(self) -> Backend | None:
+        """What the trainers send their weights with; None: through files."""
+        backend = self.rollout.transfer_backend
+        return None if backend == "nccl" and not self.trainer.gpus_per_worker else backend
+
     @model_validator(mode="after")
     def _responses_fit(self) -> RLStage:
         _check_room("grpo.max_tokens", self.grpo.max_tokens, self.rollout)
+        return self
+
+    @model_validator(mode="after")
+    def _transport_fits(self) -> RLStage:
+        _check_transport(self.rollout.sync.transport, "trainer.gpus_per_worker", self.trainer.gpus_per_worker)
         return self
 
 
@@ -181,6 +244,32 @@ class FilterStage(Config):
         return self
 
 
+class GateStage(Config):
+    """Readiness gate: a short probe of one or more models; the best that reaches every threshold goes on to RL."""
+
+    type: Literal["gate"] = "gate"
+    name: Name = "gate"
+    """Name of the stage; later stages refer to the winner by it."""
+    candidates: Annotated[tuple[ModelRef, ...], Field(min_length=1, max_length=32)]
+    """Models to choose from, as a rule SFT stages with different objectives. Their architectures may differ."""
+    gate: GateConfig
+    """Probe, thresholds and rank."""
+    rollout: RolloutResources = RolloutResources()
+    """Engines that sample."""
+    scorer: ScorerResources = ScorerResources()
+    """Reward workers."""
+
+    @model_validator(mode="after")
+    def _candidates_differ(self) -> GateStage:
+        for index, candidate in enumerate(self.candidates):
+            if candidate in self.candidates[:index]:
+                raise ValueError(
+                    f"candidates[{index}]: expected candidates to differ, got {candidate.label!r} twice; remove one"
+                )
+        _check_room("gate.sampling.max_tokens", self.gate.sampling.max_tokens, self.rollout)
+        return self
+
+
 STAGE_DATA = "stage:"
 """What the path of data begins with that an earlier filter stage leaves."""
 
@@ -193,9 +282,20 @@ def _check_room(field: str, max_tokens: int, rollout: RolloutResources) -> None:
         )
 
 
-Stage = Annotated[SFTStage | RLStage | EvalStage | FilterStage, Field(discriminator="type")]
+Stage = Annotated[SFTStage | RLStage | EvalStage | FilterStage | GateStage, Field(discriminator="type")]
+_HAVE_MODEL = ("sft", "rl", "gate")
 
 # --------------------------------------------------------------------------------------------------- jobs
+
+
+class Recovery(Config):
+    """When a job goes on by itself after a process it needs has died. Engines and reward workers have budgets of their own."""
+
+    restarts: Annotated[int, Field(ge=0, le=1000)] = 3
+    """How often the job goes on behind its newest checkpoint: with new ranks after one has died, with a new driver after the
+    driver has. A phase that missed its deadline counts too, and is tried again once."""
+    no_progress: PositiveInt = 3
+    """The job fails when so many failures in a row leave it no further than before, whatever `restarts` allows."""
 
 
 class JobFields(Config):
@@ -207,6 +307,8 @@ class JobFields(Config):
     """Up to 16 labels of the user's own."""
     deadline_s: Annotated[int, Field(ge=10)] = 7 * 24 * 3600
     """Seconds after its start at which a job that still runs is stopped and fails with `deadline`."""
+    recovery: Recovery = Recovery()
+    """When the job goes on after a death, and when it gives up."""
 
 
 class SFTJob(SFTStage, JobFields):
@@ -237,6 +339,13 @@ class FilterJob(FilterStage, JobFields):
     """Name of the job and of its stage; need not be unique."""
 
 
+class GateJob(GateStage, JobFields):
+    """A job of one gate."""
+
+    name: Name = "gate"
+    """Name of the job and of its stage; need not be unique."""
+
+
 class PipelineJob(JobFields):
     """Stages that run one after the other, each from a model folder or from an earlier stage's checkpoint."""
 
@@ -251,25 +360,27 @@ class PipelineJob(JobFields):
             if stage.name in seen:
                 raise ValueError(f"stages[{index}]: expected stage names to differ, got {stage.name!r} twice")
             for ref in model_refs(stage):
-                if ref.stage is not None and seen.get(ref.stage) not in ("sft", "rl"):
-                    trained = [name for name, kind in seen.items() if kind in ("sft", "rl")]
+                if ref.stage is not None and seen.get(ref.stage) not in _HAVE_MODEL:
+                    trained = [name for name, kind in seen.items() if kind in _HAVE_MODEL]
                     raise ValueError(
-                        f"stages[{index}] ({stage.name!r}): expected model.stage to name an earlier sft or rl stage "
+                        f"stages[{index}] ({stage.name!r}): expected model.stage to name an earlier sft, rl or gate stage "
                         f"({', '.join(trained) or 'there is none yet'}), got {ref.stage!r}"
                     )
             seen[stage.name] = stage.type
         return self
 
 
-JobSpec = Annotated[SFTJob | RLJob | EvalJob | FilterJob | PipelineJob, Field(discriminator="type")]
-JOB_SPEC: TypeAdapter[SFTJob | RLJob | EvalJob | FilterJob | PipelineJob] = TypeAdapter(JobSpec)
+JobSpec = Annotated[SFTJob | RLJob | EvalJob | FilterJob | GateJob | PipelineJob, Field(discriminator="type")]
+JOB_SPEC: TypeAdapter[SFTJob | RLJob | EvalJob | FilterJob | GateJob | PipelineJob] = TypeAdapter(JobSpec)
 
 
-def stages_of(spec: JobSpec) -> tuple[SFTStage | RLStage | EvalStage | FilterStage, ...]:
+def stages_of(spec: JobSpec) -> tuple[SFTStage | RLStage | EvalStage | FilterStage | GateStage, ...]:
     """The stages of a job in order; a job of one stage is that stage."""
     return spec.stages if isinstance(spec, PipelineJob) else (spec,)
 
 
-def model_refs(stage: SFTStage | RLStage | EvalStage | FilterStage) -> tuple[ModelRef, ...]:
+def model_refs(stage: SFTStage | RLStage | EvalStage | FilterStage | GateStage) -> tuple[ModelRef, ...]:
     """The models a stage starts from."""
+    if isinstance(stage, GateStage):
+        return stage.candidates
     return tuple(stage.models.values()) if isinstance(stage, EvalStage) else (stage.model,)

@@ -23,7 +23,7 @@ from sedsft.config import (
     SFTConfig,
 )
 from services.checkpoints import CheckpointInfo, installed_versions
-from services.jobspec import JobSpec, ModelRef, RLStage, SFTStage, stages_of
+from services.jobspec import GateStage, JobSpec, ModelRef, RLStage, SFTStage, stages_of
 
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][A-Za-z0-9._-]{0,94}[A-Za-z0-9_]|[A-Za-z0-9_]")
 _ADVANTAGES: dict[AdvantageEstimator, tuple[str, str]] = {
@@ -70,9 +70,11 @@ def model_card(spec: JobSpec, stage: SFTStage | RLStage, facts: CardFacts) -> st
 
 
 def base_model(spec: JobSpec, ref: ModelRef) -> str:
-    """Name of the model folder that a chain of stages began with."""
+    """Name of the model folder that a chain of stages began with; behind a gate, those of all candidates, if they differ."""
     while ref.path is None:
         stage = next(stage for stage in stages_of(spec) if stage.name == ref.stage)
+        if isinstance(stage, GateStage):
+            return " or ".join(dict.fromkeys(base_model(spec, candidate) for candidate in stage.candidates))
         assert isinstance(stage, SFTStage | RLStage), "expected a stage that trains: the job spec checks it"
         ref = stage.model
     return PurePath(ref.path).name
@@ -87,9 +89,10 @@ def _front_matter(base: str, stage: SFTStage | RLStage) -> str:
 
 
 def _training(stage: SFTStage | RLStage, info: CheckpointInfo) -> str:
+    lora = stage.grpo.lora if isinstance(stage, RLStage) else stage.sft.lora
+    adapters = " of low-rank adapters, merged into its weights" if lora is not None else ""
     if isinstance(stage, RLStage):
-        return f"{info.step} iterations of reinforcement learning over {info.consumed_samples} samples"
-    adapters = " of low-rank adapters, merged into its weights" if stage.sft.lora is not None else ""
+        return f"{info.step} iterations of reinforcement learning{adapters} over {info.consumed_samples} samples"
     return f"{info.step} optimizer steps of supervised fine-tuning{adapters} over {info.consumed_samples} rows"
 
 
@@ -131,7 +134,7 @@ def _objective(objective: Objective) -> tuple[str, str]:
 def _settings(stage: SFTStage | RLStage) -> str:
     """Settings that make the method; paths stay out."""
     if isinstance(stage, RLStage):
-        shown = stage.grpo.model_dump(mode="json", exclude={"data", "reward", "optimizer", "checkpoints"})
+        shown = stage.grpo.model_dump(mode="json", exclude={"data", "reward", "optimizer", "checkpoints", "ledger"})
         return _table("Settings", {**shown, **_optimizer(stage.grpo.optimizer.model_dump(mode="json"))})
     config: SFTConfig = stage.sft
     chosen = {"epochs", "steps", "batch_size", "max_length", "precision", "seed"}

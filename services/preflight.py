@@ -6,15 +6,14 @@ Everything wrong is collected and raised at once, each with a JSON pointer into 
 from __future__ import annotations
 
 import glob
-import json
+import hashlib
 import os
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from sedsft.config import Benchmark, DataConfig, RewardConfig
+from sedsft.config import Benchmark, CodeReward, DataConfig, RewardConfig
 from sedsft.data import DataFileError
 from sedsft.data.files import find_files, split_pattern
 from sedsft.data.hub import FOLDER, fetch, parse_hub_name
@@ -25,18 +24,18 @@ from services.jobspec import (
     STAGE_DATA,
     EvalStage,
     FilterStage,
+    GateStage,
     JobSpec,
     ModelRef,
     PipelineJob,
     RLStage,
     SFTStage,
     Stage,
+    model_refs,
     stages_of,
 )
-from services.reward_check import check_benchmark, check_prompts, remote_problems
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-_MAX_HEADER_BYTES = 100 << 20
+from services.model_folder import Refused, check_model_folder, json_object
+from services.reward_check import check_benchmark, check_prompts, code_problem, remote_problems, reward_of
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,6 @@ class SpecError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems,)
-
-
-class _Refused(Exception):
-    """Why one field is refused."""
 
 
 # ------------------------------------------------------------------------------------------------ resources
@@ -127,13 +122,24 @@ def _roles(stage: Stage) -> tuple[RolePlan, ...]:
     if isinstance(stage, SFTStage | RLStage):
         trainer = stage.trainer
         roles.append(RolePlan("trainer", trainer.workers, trainer.cpus_per_worker, trainer.gpus_per_worker))
-    if isinstance(stage, RLStage | EvalStage | FilterStage):
+    if not isinstance(stage, SFTStage):
         rollout, scorer = stage.rollout, stage.scorer
         roles.append(RolePlan("rollout", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker))
         roles.append(RolePlan("reward", scorer.workers, scorer.cpus_per_worker, 0))
-    if isinstance(stage, EvalStage | FilterStage):
+    if isinstance(stage, EvalStage | FilterStage | GateStage):
         roles.append(RolePlan("reference", 1, REFERENCE_CPUS, 0))
     return tuple(roles)
+
+
+def with_rollout_workers(spec: JobSpec, stage: str, workers: int) -> JobSpec:
+    """The job with so many engines in one of its stages."""
+
+    def changed(one: Any) -> Any:
+        return one.model_copy(update={"rollout": one.rollout.model_copy(update={"workers": workers})})
+
+    if not isinstance(spec, PipelineJob):
+        return cast(JobSpec, changed(spec))
+    return spec.model_copy(update={"stages": tuple(changed(one) if one.name == stage else one for one in spec.stages)})
 
 
 def check_capacity(spec: JobSpec, resources: ResourcePlan, cluster: Mapping[str, float]) -> None:
@@ -168,22 +174,36 @@ def _stage_pointers(spec: JobSpec) -> list[str]:
 # ------------------------------------------------------------------------------------------- paths and content
 
 
-def resolve(spec: JobSpec, roots: Sequence[Path], hub_home: Path | None = None, reward_hosts: Sequence[str] = ()) -> JobSpec:
+@dataclass(frozen=True)
+class RewardRights:
+    """What the operator allows rewards to use."""
+
+    hosts: tuple[str, ...] = ()
+    """Whom remote rewards may ask."""
+    code: bool = False
+    """Whether rewards may be code of the user's own."""
+
+
+NO_RIGHTS = RewardRights()
+
+
+def resolve(spec: JobSpec, roots: Sequence[Path], hub_home: Path | None = None, rights: RewardRights = NO_RIGHTS) -> JobSpec:
     """The same job with absolute real paths, after everything it names was opened and checked.
 
     Args:
         roots: folders below which every path must lie, symbolic links followed; relative paths start at the first.
         hub_home: folder below which data sets named `hf://owner/name` are downloaded; None: such names are refused.
-        reward_hosts: hosts that remote rewards may ask.
+        rights: what rewards may use.
 
     Raises:
         SpecError: all the problems found.
     """
-    resolver = _Resolver(tuple(Path(os.path.realpath(root)) for root in roots), hub_home and Path(os.path.realpath(hub_home)))
+    real_roots = tuple(Path(os.path.realpath(root)) for root in roots)
+    resolver = _Resolver(real_roots, hub_home and Path(os.path.realpath(hub_home)), rights.code)
     resolver.problems += [
         SpecProblem(pointer + where, said)
         for stage, pointer in zip(stages_of(spec), _stage_pointers(spec), strict=True)
-        for where, said in remote_problems(stage, reward_hosts)
+        for where, said in remote_problems(stage, rights.hosts)
     ]
     stages = [resolver.stage(stage, pointer) for stage, pointer in zip(stages_of(spec), _stage_pointers(spec), strict=True)]
     if resolver.problems:
@@ -199,13 +219,14 @@ P = TypeVar("P", DataConfig, Benchmark)
 class _Resolver:
     """Walks stages, resolves their paths and collects what is wrong. A file that several stages use is read once."""
 
-    def __init__(self, roots: tuple[Path, ...], hub_home: Path | None) -> None:
+    def __init__(self, roots: tuple[Path, ...], hub_home: Path | None, reward_code: bool) -> None:
         self.roots = roots if hub_home is None else (*roots, hub_home / FOLDER)
+        self._reward_code = reward_code
         self._hub_home = hub_home
         self._fetched: dict[str, Path] = {}
         self.problems: list[SpecProblem] = []
         self._verdicts: dict[tuple[Any, ...], str | None] = {}
-        self._start_models: dict[str, str] = {}
+        self._start_models: dict[str, tuple[str, ...]] = {}
         self._filters: list[str] = []
 
     def stage(self, stage: Stage, pointer: str) -> Stage:
@@ -219,44 +240,87 @@ class _Resolver:
                 update["resume_from"] = self._checked(sft.resume_from, pointer_to, ("checkpoint",), _check_checkpoint)
             changes: dict[str, Any] = {"sft": sft.model_copy(update=update)}
         elif isinstance(stage, RLStage):
-            data = self._data(stage.grpo.data, check_prompts, stage.grpo.reward, f"{pointer}/grpo/data/path")
-            changes = {"grpo": stage.grpo.model_copy(update={"data": data})}
+            reward, ledger = stage.grpo.reward, stage.grpo.ledger
+            update = {"data": self._data(stage.grpo.data, check_prompts, reward, f"{pointer}/grpo/data/path")}
+            if ledger is not None and ledger.data is not None:
+                data = self._data(ledger.data, check_prompts, reward, f"{pointer}/grpo/ledger/data/path")
+                update["ledger"] = ledger.model_copy(update={"data": data})
+            changes = {"grpo": stage.grpo.model_copy(update=update)}
         elif isinstance(stage, FilterStage):
             data = self._data(stage.filter.data, check_prompts, stage.filter.reward, f"{pointer}/filter/data/path")
             changes = {"filter": stage.filter.model_copy(update={"data": data})}
             self._filters.append(stage.name)
+        elif isinstance(stage, GateStage):
+            data = self._data(stage.gate.data, check_prompts, stage.gate.reward, f"{pointer}/gate/data/path")
+            refs = [self._model(ref, f"{pointer}/candidates/{index}") for index, ref in enumerate(stage.candidates)]
+            changes = {"gate": stage.gate.model_copy(update={"data": data}), "candidates": tuple(refs)}
         else:
             benchmarks = tuple(
                 self._data(benchmark, check_benchmark, stage.eval.reward, f"{pointer}/eval/benchmarks/{index}/path")
                 for index, benchmark in enumerate(stage.eval.benchmarks)
             )
             changes = {"eval": stage.eval.model_copy(update={"benchmarks": benchmarks})}
-            changes["models"] = {name: self._model(ref, f"{pointer}/models/{name}/path") for name, ref in stage.models.items()}
-        if not isinstance(stage, EvalStage):
-            changes["model"] = self._model(stage.model, f"{pointer}/model/path")
-            self._start_models[stage.name] = self._start_model(changes["model"])
-        resolved = stage.model_copy(update=changes)
+            changes["models"] = {name: self._model(ref, f"{pointer}/models/{name}") for name, ref in stage.models.items()}
+        if not isinstance(stage, EvalStage | GateStage):
+            changes["model"] = self._model(stage.model, f"{pointer}/model")
+        resolved = self._with_reward_code(stage.model_copy(update=changes), pointer)
+        self._start_models[stage.name] = self._start_models_of(resolved)
         self._check_lengths(resolved, pointer)
         return resolved
 
-    def _start_model(self, ref: ModelRef) -> str:
-        """Folder of the model that a stage's checkpoint descends from: it has the same architecture."""
-        return ref.path if ref.path is not None else self._start_models[str(ref.stage)]
+    def _with_reward_code(self, stage: Stage, pointer: str) -> Stage:
+        """The stage with path and hash of the code in its reward, which is loaded once."""
+        field, reward = reward_of(stage)
+        if not any(isinstance(component, CodeReward) for component in reward.components):
+            return stage
+        where = f"{pointer}/{field}/reward/components"
+        components = tuple(
+            self._code(component, f"{where}/{index}/path") if isinstance(component, CodeReward) else component
+            for index, component in enumerate(reward.components)
+        )
+        settings = getattr(stage, field).model_copy(update={"reward": reward.model_copy(update={"components": components})})
+        return stage.model_copy(update={field: settings})
+
+    def _code(self, component: CodeReward, pointer: str) -> CodeReward:
+        if not self._reward_code:
+            said = "expected no reward of type code, since this service runs none; start it with SEDSFT_ALLOW_REWARD_CODE=true"
+            self.problems.append(SpecProblem(pointer, said))
+            return component
+
+        def check(path: Path) -> None:
+            if (problem := code_problem(component.model_copy(update={"path": str(path)}))) is not None:
+                raise Refused(problem)
+
+        before = len(self.problems)
+        path = self._checked(component.path, pointer, ("code", component.model_dump_json()), check)
+        if len(self.problems) > before:
+            return component
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return component.model_copy(update={"path": path, "sha256": digest})
+
+    def _start_models_of(self, stage: Stage) -> tuple[str, ...]:
+        """Folders of the models that those of a stage descend from: they have the same architectures."""
+        chains = [
+            (ref.path,) if ref.path is not None else self._start_models.get(str(ref.stage), ()) for ref in model_refs(stage)
+        ]
+        return tuple(dict.fromkeys(path for chain in chains for path in chain))
 
     def _check_lengths(self, stage: Stage, pointer: str) -> None:
         """Responses as long as all the positions of the model would leave none for a prompt."""
         if isinstance(stage, SFTStage):
             return
         if isinstance(stage, RLStage):
-            field, max_tokens, refs = "grpo/max_tokens", stage.grpo.max_tokens, [stage.model]
+            field, max_tokens = "grpo/max_tokens", stage.grpo.max_tokens
         elif isinstance(stage, FilterStage):
-            field, max_tokens, refs = "filter/sampling/max_tokens", stage.filter.sampling.max_tokens, [stage.model]
+            field, max_tokens = "filter/sampling/max_tokens", stage.filter.sampling.max_tokens
+        elif isinstance(stage, GateStage):
+            field, max_tokens = "gate/sampling/max_tokens", stage.gate.sampling.max_tokens
         else:
-            field, max_tokens, refs = "eval/sampling/max_tokens", stage.eval.sampling.max_tokens, list(stage.models.values())
-        for ref in refs:
+            field, max_tokens = "eval/sampling/max_tokens", stage.eval.sampling.max_tokens
+        for model in self._start_models[stage.name]:
             try:
-                positions = _json_object(Path(self._start_model(ref)) / "config.json").get("max_position_embeddings")
-            except _Refused:
+                positions = json_object(Path(model) / "config.json").get("max_position_embeddings")
+            except Refused:
                 continue  # already among the problems
             if isinstance(positions, int) and max_tokens >= positions:
                 said = f"expected fewer than the model's {positions} positions, got {max_tokens}; lower max_tokens"
@@ -264,10 +328,14 @@ class _Resolver:
                 return
 
     def _model(self, ref: ModelRef, pointer: str) -> ModelRef:
-        if ref.path is None:
-            return ref
-        path = self._checked(ref.path, pointer, ("model",), check_model_folder)
-        return ref.model_copy(update={"path": path})
+        if ref.path is not None:
+            return ref.model_copy(update={"path": self._checked(ref.path, f"{pointer}/path", ("model",), check_model_folder)})
+        if ref.stage not in self._start_models:
+            said = (
+                f"expected a model folder, since a job of one stage has no earlier ones, got stage {ref.stage!r}; give a path"
+            )
+            self.problems.append(SpecProblem(f"{pointer}/stage", said))
+        return ref
 
     def _data(self, source: P, read: Callable[[P, RewardConfig | None], None], reward: RewardConfig | None, pointer: str) -> P:
         """`reward` is what will read the golds, if the rows have any."""
@@ -282,7 +350,7 @@ class _Resolver:
             try:
                 read(source.model_copy(update={"path": str(path)}), reward)
             except DataFileError as error:
-                raise _Refused(str(error)) from error
+                raise Refused(str(error)) from error
 
         settings = source.model_dump_json(exclude={"path", "name"})
         scorer = "" if reward is None else reward.model_dump_json()
@@ -296,14 +364,14 @@ class _Resolver:
             if name is None:
                 return real_data_path(text, roots)
             if self._hub_home is None:
-                raise _Refused(
+                raise Refused(
                     f"expected a path below {' or '.join(map(str, roots))}, got {text!r}, which this service may not download; "
                     "copy the files there, or start the service with SEDSFT_ALLOW_HUB=true"
                 )
             if text not in self._fetched:
                 self._fetched[text] = fetch(name, self._hub_home)
         except DataFileError as error:
-            raise _Refused(str(error)) from error
+            raise Refused(str(error)) from error
         return real_data_path(str(self._fetched[text]), roots)
 
     def _checked(
@@ -317,7 +385,7 @@ class _Resolver:
         """The real path, or what `locate` makes of it, as text; what is wrong with it or its content becomes a problem."""
         try:
             path = (locate or real_path)(text, self.roots)
-        except _Refused as error:
+        except Refused as error:
             self.problems.append(SpecProblem(pointer, str(error)))
             return text
         key = (path, *kind)
@@ -325,7 +393,7 @@ class _Resolver:
             try:
                 check(path)
                 self._verdicts[key] = None
-            except _Refused as error:
+            except Refused as error:
                 self._verdicts[key] = str(error)
         if (verdict := self._verdicts[key]) is not None:
             self.problems.append(SpecProblem(pointer, verdict))
@@ -335,7 +403,7 @@ class _Resolver:
 def _check_checkpoint(folder: Path) -> None:
     """Refuse what is neither a checkpoint nor a folder of checkpoints; hashes are compared when the stage starts."""
     if not (folder / MANIFEST).is_file() and not any(folder.glob(f"step-*/{MANIFEST}")):
-        raise _Refused(
+        raise Refused(
             f"expected a checkpoint or a folder of checkpoints, got {folder} without {MANIFEST}; give .../checkpoints/step-<n>"
         )
 
@@ -347,28 +415,28 @@ def _read_sft(data: DataConfig, reward: RewardConfig | None) -> None:
 def real_path(text: str, roots: Sequence[Path]) -> Path:
     """Absolute path without symbolic links, below one of `roots` (real paths themselves) and existing."""
     if "\0" in text:
-        raise _Refused("expected a path, got one with a null character")
+        raise Refused("expected a path, got one with a null character")
     path = Path(os.path.realpath(roots[0] / text))
     allowed = " or ".join(map(str, roots))
     if not any(path.is_relative_to(root) for root in roots):
         leads = f", which leads to {path}" if str(path) != text else ""
-        raise _Refused(
+        raise Refused(
             f"expected a path below {allowed}, got {text!r}{leads}; copy it there, or start the service with another "
             "SEDSFT_ALLOWED_ROOTS"
         )
     try:
         exists = path.exists()
     except OSError as error:
-        raise _Refused(f"expected a path that can be read, got {text!r}: {error.strerror}") from error
+        raise Refused(f"expected a path that can be read, got {text!r}: {error.strerror}") from error
     if not exists:
-        raise _Refused(f"expected {path} to exist, it does not; check the spelling, relative paths start at {roots[0]}")
+        raise Refused(f"expected {path} to exist, it does not; check the spelling, relative paths start at {roots[0]}")
     return path
 
 
 def real_data_path(text: str, roots: Sequence[Path]) -> Path:
     """Absolute path of a file or folder, or pattern below an absolute folder, all of whose files lie below one of `roots`."""
     if "\0" in text:
-        raise _Refused("expected a path, got one with a null character")
+        raise Refused("expected a path, got one with a null character")
     base, pattern = split_pattern(str(roots[0] / text))
     resolved = str(real_path(base if pattern else text, roots))
     if pattern:
@@ -376,12 +444,12 @@ def real_data_path(text: str, roots: Sequence[Path]) -> Path:
     try:
         files = find_files(resolved)
     except DataFileError as error:
-        raise _Refused(str(error)) from error
+        raise Refused(str(error)) from error
     for file in files:
         real = Path(os.path.realpath(file))
         if not any(real.is_relative_to(root) for root in roots):
             allowed = " or ".join(map(str, roots))
-            raise _Refused(
+            raise Refused(
                 f"expected a path whose files lie below {allowed}, got {text!r} with {file}, which leads to "
                 f"{real}; copy it there"
             )
@@ -400,94 +468,6 @@ def resolve_model(text: str, roots: Sequence[Path]) -> Path:
     try:
         path = real_path(text, [Path(os.path.realpath(root)) for root in roots])
         check_model_folder(path)
-    except _Refused as error:
+    except Refused as error:
         raise SpecError([SpecProblem("", str(error))]) from error
     return path
-
-
-def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is not a Hugging Face model with whole safetensors, chat template and pad token, or brings code."""
-    if not folder.is_dir():
-        raise _Refused(f"expected a model folder, got the file {folder}")
-    config = _json_object(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise _Refused(f"expected model_type in {folder / 'config.json'}, got none; save the model with save_pretrained")
-    tokenizer = _json_object(folder / "tokenizer_config.json")
-    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        if "auto_map" in content:
-            raise _Refused(
-                f"expected a model that transformers knows by itself, got auto_map in {folder / name}, which runs code of "
-                "the model folder; convert the model to a built-in architecture"
-            )
-    _check_weights(folder)
-    _check_tokenizer(folder, tokenizer)
-
-
-def _check_weights(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        got = f"only {', '.join(pickles[:3])}, which can run code when opened" if pickles else "no weights"
-        raise _Refused(f"expected *.safetensors in {folder}, got {got}; save it with save_pretrained(safe_serialization=True)")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = _json_object(index).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else set()
-        missing = sorted(str(name) for name in names - {path.name for path in files})
-        if missing:
-            raise _Refused(
-                f"expected all {len(names)} files that {index} names, got no {', '.join(missing[:3])}; copy the whole folder"
-            )
-    for file in files:
-        _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    """The header must be JSON and the file as long as the header says: 8 bytes of length, header, tensors."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            if header_bytes > min(size, _MAX_HEADER_BYTES):
-                raise ValueError(f"a header of {header_bytes} bytes in a file of {size}")
-            header = json.loads(stream.read(header_bytes))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + header_bytes + max(ends, default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _Refused(f"expected a safetensors file, got {file} ({error}); download or save it again") from error
-    if size != expected:
-        raise _Refused(f"expected {file} to have {expected} bytes, got {size}; it was cut off, copy it again")
-
-
-def _check_tokenizer(folder: Path, tokenizer: Mapping[str, Any]) -> None:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise _Refused(f"expected a tokenizer in {folder}, got no tokenizer.json; save it there with save_pretrained")
-    if (folder / "tokenizer.json").exists() and "model" not in _json_object(folder / "tokenizer.json"):
-        raise _Refused(
-            f"expected a tokenizer in {folder / 'tokenizer.json'}, got JSON without `model`; save it with save_pretrained"
-        )
-    if not tokenizer.get("chat_template") and not (folder / "chat_template.jinja").is_file():
-        raise _Refused(
-            f"expected a chat template, got none in {folder / 'tokenizer_config.json'} and no chat_template.jinja beside it; "
-            "set tokenizer.chat_template and save the tokenizer there"
-        )
-    pad = tokenizer.get("pad_token")
-    if pad is None and (folder / "special_tokens_map.json").exists():
-        pad = _json_object(folder / "special_tokens_map.json").get("pad_token")
-    if not pad:
-        raise _Refused(
-            f"expected a pad token, got none in {folder / 'tokenizer_config.json'}; set tokenizer.pad_token to an unused token "
-            "and save the tokenizer there"
-        )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise _Refused(f"expected {path}, it is missing; point to a folder made by save_pretrained") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise _Refused(f"expected JSON in {path}, got: {error}") from error
-    if not isinstance(content, dict):
-        raise _Refused(f"expected a JSON object in {path}, got {type(content).__name__}")
-    return content

@@ -100,10 +100,10 @@ def find_stage(run_folder: Path, name: str | None) -> Recorded:
 
 
 def _published(run_folder: Path) -> dict[str, Path]:
-    """Newest checkpoint of each stage, by the events of the run."""
+    """Newest checkpoint of each stage, and what gates have promoted, by the events of the run."""
     newest = {}
     for event, _ in read_lines(run_folder / "events.jsonl"):
-        if event["kind"] == "checkpoint":
+        if event["kind"] in ("checkpoint", "promoted"):
             newest[event["data"]["stage"]] = Path(event["data"]["path"])
     return newest
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from services.charts import Chart, Series, figure, line_chart
 from services.data_report import template_environment
+from services.exploration_report import LEDGER_FIGURES, gate_panels, ledger_charts
+from services.overlap_report import OVERLAP_FIGURES, OverlapView, overlap_view
 from services.rundir import CheckpointRecord, Result, StatusReason, read_lines, read_result, write_atomically
 
 MAX_RESPONSE_CHARS = 4_000
@@ -47,11 +49,12 @@ _RL_CURVES = {
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
     "score_errors": ("Score errors", "samples that could not be scored"),
+    "samples_per_s": ("Samples per second", "of the whole iteration"),
 }
 _PHASES = {"seconds_rollout": "rollout", "seconds_score": "score", "seconds_train": "train", "seconds_sync": "sync"}
 _KINDS = {"sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 _ERROR_SIGNS = ("fail", "error", "invalid", "crash", "died", "timeout", "diverged", "mismatch")
-_WARNING_SIGNS = ("warning", "rolled_back", "warning", "dropped", "skipped", "cut", "broken", "refitted", "cancel")
+_WARNING_SIGNS = ("warning", "rolled_back", "warning", "dropped", "skipped", "cut", "broken", "refitted", "cancel", "spent")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class StageView:
     tokens: dict[str, Any] | None
     calibration: dict[str, Any] | None
     data: dict[str, Any] | None
+    gate: dict[str, Any] | None
+    ledger: list[dict[str, Any]]
+    timeline: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,9 @@ def build_report(attempt_folder: Path, spec_json: dict[str, Any]) -> Path:
         built=datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M UTC"),
         stages=attempt.stages,
         readiness=[{"stage": stage.name} | stage.readiness for stage in attempt.stages if stage.readiness],
+        gates=[(stage, gate_panels(stage.gate)) for stage in attempt.stages if stage.gate],
+        ledger=ledger_charts({stage.name: stage.ledger for stage in attempt.stages if stage.ledger}),
+        overlaps=_overlaps(attempt),
         sections=[section for kind in _KINDS if (section := _curve_section(attempt, kind))],
         events=attempt.events[-MAX_EVENTS:],
         events_hidden=max(0, len(attempt.events) - MAX_EVENTS),
@@ -172,12 +181,16 @@ def _stage_view(attempt: Attempt, name: str, kind: str) -> StageView:
         kind,
         moment("stage_started"),
         moment("stage_ended"),
-        left("table.json"),
+        # A gate's figures have a section of their own.
+        left("table.json") if kind != "gate" else None,
         left("readiness.json"),
         left("samples.json"),
         left("tokens.json"),
         left("calibration.json"),
         left("data_report.json"),
+        left("gate.json"),
+        _lines(attempt.folder / "stages" / name / "ledger.jsonl", attempt.unreadable),
+        _lines(attempt.folder / "stages" / name / "timeline.jsonl", attempt.unreadable),
     )
 
 
@@ -207,7 +220,8 @@ def _curve_section(attempt: Attempt, kind: str) -> CurveSection | None:
         return None
     known = _SFT_CURVES if kind == "sft" else _RL_CURVES
     present = dict.fromkeys(figure_name for name in names for figure_name in attempt.curves.get(name, {}))
-    others = {key: (key.replace("_", " ").capitalize(), "") for key in present if key not in known and key not in _PHASES}
+    drawn = (*known, *_PHASES, *(key for key in present if key.startswith((LEDGER_FIGURES, *OVERLAP_FIGURES))))
+    others = {key: (key.replace("_", " ").capitalize(), "") for key in present if key not in drawn}
     charts = []
     for key, (title, note) in {**known, **others}.items():
         chart = line_chart(title, note, {name: _series(attempt, name, key) for name in names})
@@ -219,6 +233,17 @@ def _curve_section(attempt: Attempt, kind: str) -> CurveSection | None:
         if chart:
             phases.append(chart)
     return CurveSection(_KINDS[kind], charts, phases, _calibration_chart(attempt) if kind == "sft" else None)
+
+
+def _overlaps(attempt: Attempt) -> list[OverlapView]:
+    stages = attempt.spec["stages"] if attempt.spec.get("type") == "pipeline" else [attempt.spec]
+    modes = {stage["name"]: stage.get("grpo", {}).get("overlap", {}).get("mode", "sync") for stage in stages}
+    views = [
+        overlap_view(stage.name, modes[stage.name], attempt.curves.get(stage.name, {}), stage.timeline)
+        for stage in attempt.stages
+        if stage.kind == "rl"
+    ]
+    return [view for view in views if view is not None]
 
 
 def _series(attempt: Attempt, stage: str, name: str) -> Series:

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
-from sedsft.config import Benchmark, DataConfig, RemoteReward, RewardConfig
+from sedsft.config import Benchmark, CodeReward, DataConfig, RemoteReward, RewardConfig
 from sedsft.data import BadRow, BadRowKind, DataFileError, DataRowsError
 from sedsft.data.sources import PromptRows, read_benchmark, read_prompt_rows
 from sedsft.records import Row, ScoringItem
 from sedsft.rewards.golds import COUNTDOWN, GOLD_COMMAND
 from sedsft.rewards.pool import PoolLimits, ScorerStartError, ScoringPool
 from sedsft.rewards.registry import scorer_of
-from services.jobspec import FilterStage, RLStage, SFTStage, Stage
+from services.jobspec import FilterStage, GateStage, RLStage, SFTStage, Stage
 
 TOTAL_TIMEOUT_S = 60.0
+CODE_TIMEOUT_S = 30.0
+_PACKAGE_ROOT = Path(__file__).parents[1]
 _LIMITS = PoolLimits(processes=1, timeout_s=3.0, memory_mb=1024)
+
+
+def reward_of(stage: Stage) -> tuple[str, RewardConfig]:
+    """The reward of a stage, and the name of the settings that hold it; one without components for a stage that has none."""
+    if isinstance(stage, SFTStage):
+        return "sft", RewardConfig()
+    if isinstance(stage, RLStage):
+        return "grpo", stage.grpo.reward
+    if isinstance(stage, FilterStage):
+        return "filter", stage.filter.reward
+    if isinstance(stage, GateStage):
+        return "gate", stage.gate.reward
+    return "eval", stage.eval.reward
+
+
+def code_problem(config: CodeReward) -> str | None:
+    """What is wrong with the user's code: it does not load, it changed, or there is no sandbox for it here; else None."""
+    command = [sys.executable, "-m", "sedsft.rewards.code", config.model_dump_json()]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=CODE_TIMEOUT_S, cwd=_PACKAGE_ROOT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"expected {config.path} to load within {CODE_TIMEOUT_S:.0f} s, it did not; leave long work to the function"
+    return done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else None
 
 
 def remote_problems(stage: Stage, hosts: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -24,14 +54,7 @@ def remote_problems(stage: Stage, hosts: Sequence[str]) -> Iterator[tuple[str, s
 
     A host is `name` or, with a port in the URL, `name:port`.
     """
-    if isinstance(stage, SFTStage):
-        return
-    if isinstance(stage, RLStage):
-        field, reward = "grpo", stage.grpo.reward
-    elif isinstance(stage, FilterStage):
-        field, reward = "filter", stage.filter.reward
-    else:
-        field, reward = "eval", stage.eval.reward
+    field, reward = reward_of(stage)
     for index, component in enumerate(reward.components):
         if isinstance(component, RemoteReward) and (host := urlsplit(component.url).netloc) not in hosts:
             yield (

@@ -7,7 +7,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ray.util.metrics import Gauge
 from sedsft.config import DataConfig
 from services.checkpoints import MANIFEST, verify
 from services.jobspec import STAGE_DATA, JobSpec, ModelRef, stages_of
-from services.rundir import CheckpointRecord, Progress, Result, RunWriter, StatusReason
+from services.rundir import RESTARTED, CheckpointRecord, Failure, Progress, Result, RunWriter, StatusReason
 
 log = logging.getLogger("sedsft.run")
 
@@ -26,6 +27,8 @@ HEARTBEAT_S = 2.0
 LOG_EVERY_S = 5.0
 FILTERED_ROWS = "rows.jsonl"
 """What a filter stage leaves for later ones."""
+RECOVERIES = {RESTARTED: "stages", "engine_restarted": "engines", "scorer_restarted": "scorers"}
+"""Events of recovery, and what is counted as `recoveries_<...>` in the figures of every later step of the attempt."""
 
 
 class Run:
@@ -38,8 +41,14 @@ class Run:
         self.attempt = folder.name.rpartition("-")[2]
         self.checkpoints: list[CheckpointRecord] = []
         self.stage_seconds: dict[str, float] = {}
+        self.engines_now: Callable[[], dict[str, int] | None] = lambda: None
+        """Asked with every heartbeat for what `Progress.engines` says."""
+        self._recoveries: Counter[str] = Counter()
+        if self.attempt.isdigit() and int(self.attempt) > 1:
+            self._recoveries["drivers"] = int(self.attempt) - 1
         self._writer = RunWriter(folder)
         self._verified: set[Path] = set()
+        self._promoted: dict[str, Path] = {}
         self._progress = Progress(num_stages=len(stages_of(spec)))
         self._gauges: dict[str, Gauge] = {}
         self._logged_at = 0.0
@@ -50,7 +59,7 @@ class Run:
     def _beat(self) -> None:
         while True:
             try:
-                self._writer.status(self._progress)
+                self._writer.status(replace(self._progress, engines=self.engines_now()))
             except OSError as error:
                 # A full disk now may have room again before the heartbeat is missed.
                 log.warning("status not written: %s", error)
@@ -61,7 +70,7 @@ class Run:
     def stage(self, index: int, name: str) -> Iterator[Path]:
         """Time a stage and give its folder."""
         started = time.monotonic()
-        self._progress = replace(self._progress, stage=name, stage_index=index, phase="starting", step=0, steps=0)
+        self._progress = replace(self._progress, stage=name, stage_index=index, phase="starting", step=0, steps=0, completed=0)
         self.event("stage_started", f"stage {name} started", stage=name)
         folder = self.folder / "stages" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,10 +86,14 @@ class Run:
     def event(self, kind: str, message: str, /, **data: Any) -> None:
         """Record something worth knowing later: a stage, tau, a dropped row, a sync, an error."""
         log.info("%s: %s", kind, message)
+        if kind in RECOVERIES:
+            self._recoveries[RECOVERIES[kind]] += 1
         self._writer.event(kind, message, **data)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Record the figures of one step of the current stage."""
+        """Record the figures of one step of the current stage, with how often the attempt has recovered from what."""
+        self._progress = replace(self._progress, completed=step)
+        values = values | {f"recoveries_{what}": float(count) for what, count in self._recoveries.items()}
         self._writer.metrics(self._progress.stage, step, values)
         for name, value in values.items():
             self._gauge(name, value)
@@ -89,6 +102,15 @@ class Run:
             self._logged_at = now
             figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             log.info("%s %d/%d  %s", self._progress.stage, step, self._progress.steps, figures)
+
+    @property
+    def stage_name(self) -> str:
+        """The stage under way, or the last one."""
+        return self._progress.stage
+
+    def failure(self, cause: str) -> Failure:
+        """What a failure of now is called."""
+        return Failure(cause, self._progress.stage_index, self._progress.completed)
 
     def _gauge(self, name: str, value: float) -> None:
         if name not in self._gauges:
@@ -105,6 +127,8 @@ class Run:
         """
         if ref.path is not None:
             path = Path(ref.path)
+        elif ref.stage in self._promoted:
+            path = self._promoted[ref.stage]
         else:
             path = Path(next(c.path for c in reversed(self.checkpoints) if c.stage == ref.stage))
         if path not in self._verified and (path / MANIFEST).exists():
@@ -128,6 +152,11 @@ class Run:
         """Note that a checkpoint published before is no longer there."""
         self.checkpoints = [record for record in self.checkpoints if record.path != str(path)]
         self.event("checkpoint_removed", f"removed {path}", path=str(path))
+
+    def promoted(self, stage: str, name: str, path: Path) -> None:
+        """Note which candidate later stages get that start from the gate `stage`."""
+        self._promoted[stage] = path
+        self.event("promoted", f"{stage} promotes {name}, {path}", stage=stage, candidate=name, path=str(path))
 
     def finish(self, status: Any, reason: StatusReason | None) -> None:
         """Write the terminal record and close."""

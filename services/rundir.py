@@ -7,12 +7,14 @@
         status.json                            phase, progress and heartbeat, replaced atomically every few seconds
         result.json                            terminal record, written once and last
         driver.log                             what the driver and its workers print
+        control.json                           what the service wants of a running stage, replaced atomically by the API
         report.html
         stages/<stage>/checkpoints/step-<n>/   MANIFEST.json, weights, tokenizer
         stages/<stage>/*.json                  tables and samples of the stage
         stages/<stage>/rollouts/*.parquet      rollouts of an rl stage, see services.rollout_record
 
-One process, the driver, writes; any number read. The API can be down meanwhile: it reads on from where it stopped.
+One process, the driver, writes all but spec.json and control.json; any number read. The API can be down meanwhile: it reads on
+from where it stopped.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+RESTARTED = "stage_restarted"
+"""Kind of the event with which a stage starts again; its data hold the `failure`."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -37,6 +42,28 @@ class Progress:
     phase: str = "starting"
     step: int = 0
     steps: int = 0
+    completed: int = 0
+    """Newest step of the stage whose figures were written."""
+    engines: dict[str, int] | None = None
+    """Rollout engines `wanted`, `alive` and `ready`; None where there are none."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a job recovered from, or not: `cause` is a code, `stage` the number of the stage and `step` its newest one done."""
+
+    cause: str
+    stage: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Control:
+    """How many rollout workers a stage is to have; `seq` grows with every wish."""
+
+    seq: int
+    stage: str
+    rollout_workers: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +99,43 @@ def attempts_of(run_folder: Path) -> list[Path]:
     numbered = {int(folder.name.rpartition("-")[2]): folder for folder in run_folder.parent.glob("attempt-*")}
     own = int(run_folder.name.rpartition("-")[2])
     return [numbered[number] for number in sorted(numbered) if number <= own]
+
+
+def superseded(run_folder: Path) -> bool:
+    """True once a later attempt of the job exists: this one must write no more."""
+    own = int(run_folder.name.rpartition("-")[2])
+    return any(int(folder.name.rpartition("-")[2]) > own for folder in run_folder.parent.glob("attempt-*"))
+
+
+def failures_before(run_folder: Path) -> list[Failure]:
+    """What the job has recovered from so far, oldest first: stages started again, and drivers of earlier attempts that died."""
+    failures = []
+    for attempt in attempts_of(run_folder):
+        events = read_lines(attempt / "events.jsonl")
+        failures += [Failure(**event["data"]["failure"]) for event, _ in events if event["kind"] == RESTARTED]
+        if attempt != run_folder:
+            failures.append(death_of(attempt))
+    return failures
+
+
+def death_of(run_folder: Path) -> Failure:
+    """The failure that the end of an attempt without a result is."""
+    status = read_status(run_folder)
+    progress = status[0] if status else Progress(stage_index=-1)
+    return Failure("driver_died", progress.stage_index, progress.completed)
+
+
+def write_control(run_folder: Path, control: Control) -> None:
+    """The API's side: say what is wanted of a running stage."""
+    write_atomically(run_folder / "control.json", json.dumps(asdict(control)))
+
+
+def read_control(run_folder: Path) -> Control | None:
+    """The newest wish; None where there is none."""
+    try:
+        return Control(**json.loads((run_folder / "control.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
 
 
 def write_atomically(path: Path, text: str) -> None:

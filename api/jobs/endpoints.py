@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from api.auth import require_key
 from api.errors import responses
 from api.jobs.rollouts import CURSOR, MAX_GROUPS, RolloutQuery
-from api.jobs.schemas import Checkpoint, DryRun, Event, Job, Logs, Metrics, Page, RolloutGroup, Tables
+from api.jobs.schemas import Checkpoint, DryRun, Event, Job, JobPatch, Logs, Metrics, Page, RolloutGroup, Tables
 from api.jobs.service import JobService
 from api.jobs.store import JobRow, JobStatus
 from services.jobspec import JobSpec
@@ -84,6 +84,16 @@ def list_jobs(
 def get_job(request: Request, job_id: str, service: Service) -> Job:
     """One job."""
     return _answer(request, service.get(job_id))
+
+
+@router.patch("/{job_id}", status_code=202, responses=responses(404, 409, 503))
+async def change_job(request: Request, job_id: str, change: JobPatch, service: Service) -> Job:
+    """Change the number of rollout engines while an `rl` stage is under way; training goes on meanwhile.
+
+    The driver follows within seconds: engines that are too many end and their prompts go to others, new ones serve once they
+    are built and hold the current weights. `rollout` of the job says what is wanted and what is there.
+    """
+    return _answer(request, await service.resize(job_id, change.rollout.workers))
 
 
 @router.post("/{job_id}/cancel", status_code=202, responses=responses(404, 409))

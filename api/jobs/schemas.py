@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from api.jobs.store import CheckpointRow, EventRow, JobRow, JobStatus
+from api.jobs.store import TERMINAL, CheckpointRow, EventRow, JobRow, JobStatus
 
 T = TypeVar("T")
 
@@ -43,6 +43,30 @@ class Progress(BaseModel):
     steps: int
 
 
+class RolloutState(BaseModel):
+    """Rollout engines of the stage under way."""
+
+    wanted: int = Field(description="As the spec or the newest PATCH says.")
+    alive: int = Field(description="Whose process lives, those that are being built included.")
+    ready: int = Field(description="That serve, with the current weights.")
+
+
+class RolloutPatch(BaseModel):
+    """What may change of the engines."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    workers: int = Field(ge=1, le=4096, description="Engines from now on.")
+
+
+class JobPatch(BaseModel):
+    """What may change of a job that runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rollout: RolloutPatch
+
+
 class Job(BaseModel):
     """A job."""
 
@@ -54,8 +78,9 @@ class Job(BaseModel):
     status: JobStatus = Field(description="`succeeded`, `failed` and `cancelled` never change.")
     phase: str = Field(description="What the job does now.")
     progress: Progress
+    rollout: RolloutState | None = Field(description="Null while the job has no rollout engines.")
     status_reason: StatusReason | None
-    attempt: int
+    attempt: int = Field(description="Counts from 1; a driver that died is followed by another attempt.")
     metadata: dict[str, str]
     spec: dict[str, Any] = Field(description="The job as it was posted, with absolute paths.")
     plan: ResourcePlan
@@ -77,6 +102,7 @@ class Job(BaseModel):
             status=row.status,
             phase=row.phase,
             progress=Progress(**row.progress),
+            rollout=_rollout(row),
             status_reason=StatusReason(code=row.reason_code, message=row.reason_message or "") if row.reason_code else None,
             attempt=row.attempt,
             metadata=row.job_metadata,
@@ -89,6 +115,14 @@ class Job(BaseModel):
             stage_seconds=row.stage_seconds,
             dashboard_url=dashboard_url,
         )
+
+
+def _rollout(row: JobRow) -> RolloutState | None:
+    engines = row.progress.get("engines")
+    if engines is None or row.status in TERMINAL:
+        return None
+    asked = row.resize is not None and row.resize["stage"] == row.progress["stage"]
+    return RolloutState(**(engines | {"wanted": row.resize["rollout_workers"]} if row.resize and asked else engines))
 
 
 class ResourcePlan(BaseModel):

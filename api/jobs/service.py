@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from api.backends.base import BackendUnreachable
 from api.errors import ApiError, FieldProblem, not_found
@@ -16,8 +17,8 @@ from api.jobs.schemas import DryRun, Logs, MetricPoint, Metrics, Page, ResourceP
 from api.jobs.store import TERMINAL, IdempotencyConflict, JobRow, JobStore, NewJob
 from services import preflight
 from services.errors import RecordingInvalid
-from services.jobspec import JobSpec, stages_of
-from services.rundir import read_lines
+from services.jobspec import JOB_SPEC, JobSpec, RLStage, stages_of
+from services.rundir import attempts_of, read_lines
 
 ClusterResources = Callable[[], Awaitable[dict[str, float]]]
 
@@ -32,16 +33,16 @@ class JobService:
         roots: Sequence[Path],
         cluster: ClusterResources,
         hub_home: Path | None = None,
-        reward_hosts: Sequence[str] = (),
+        rights: preflight.RewardRights = preflight.NO_RIGHTS,
     ) -> None:
-        """`hub_home`: where data sets of the Hugging Face hub are downloaded; None: they are refused. `reward_hosts`: whom
-        remote rewards may ask."""
+        """`hub_home`: where data sets of the Hugging Face hub are downloaded; None: they are refused. `rights`: what rewards
+        may use."""
         self.store = store
         self._runs = runs
         self._roots = roots
         self._cluster = cluster
         self._hub_home = hub_home
-        self._reward_hosts = reward_hosts
+        self._rights = rights
 
     # ------------------------------------------------------------------------------------------------- submit
 
@@ -79,7 +80,7 @@ class JobService:
 
     async def _check(self, spec: JobSpec) -> tuple[JobSpec, preflight.ResourcePlan, dict[str, float]]:
         try:
-            resolved = await asyncio.to_thread(preflight.resolve, spec, self._roots, self._hub_home, self._reward_hosts)
+            resolved = await asyncio.to_thread(preflight.resolve, spec, self._roots, self._hub_home, self._rights)
             resources = preflight.plan(resolved)
             cluster = await self._cluster()
             preflight.check_capacity(resolved, resources, cluster)
@@ -110,6 +111,32 @@ class JobService:
             )
         return job
 
+    async def resize(self, job_id: str, rollout_workers: int) -> JobRow:
+        """Want so many rollout workers in the RL stage that is under way.
+
+        409 where there is none, 422 where the cluster does not hold so many. The driver follows within seconds, and so does a
+        later attempt; the next stage has what the spec says of it.
+        """
+        job = await asyncio.to_thread(self.get, job_id)
+        spec = JOB_SPEC.validate_python(job.spec)
+        name = job.progress["stage"]
+        if job.status != "running" or not any(isinstance(s, RLStage) and s.name == name for s in stages_of(spec)):
+            where = f"one in stage {name!r}" if job.status == "running" else f"one that is {job.status}"
+            raise ApiError(409, "no_rl_stage", f"expected a job whose rl stage is under way, got {where}; nothing was changed")
+        resized = preflight.with_rollout_workers(spec, name, rollout_workers)
+        resources = preflight.plan(resized)
+        try:
+            preflight.check_capacity(resized, resources, await self._cluster())
+        except preflight.SpecError as error:
+            problems = [FieldProblem(pointer="/rollout/workers", message=p.message) for p in error.problems]
+            raise ApiError(422, "invalid_request", str(error), problems) from error
+        except BackendUnreachable as error:
+            raise ApiError(503, "ray_unreachable", f"{error}. Nothing was changed: ask again then.") from error
+        row = await asyncio.to_thread(self.store.resize, job_id, name, rollout_workers, resources.as_dict())
+        if row is None or row.status in TERMINAL:
+            raise ApiError(409, "job_ended", f"expected job {job_id} to run, it has ended; nothing was changed")
+        return row
+
     def folder(self, job: JobRow) -> Path:
         """Folder of the job's newest attempt."""
         return self._runs / job.id / f"attempt-{job.attempt}"
@@ -129,9 +156,16 @@ class JobService:
         return Logs(text=text, offset=offset, next_offset=next_offset, ended=job.status in TERMINAL and next_offset >= size)
 
     def metrics(self, job: JobRow, stage: str | None, names: Sequence[str] | None, max_points: int) -> Metrics:
-        """Figures of one or all stages, only `names` when given; the newest point is always among them."""
+        """Figures of one or all stages, only `names` when given; the newest point is always among them.
+
+        A step that was done again, by a later attempt or after a restart of its stage, has the figures of the last time.
+        """
+        newest: dict[tuple[str, int], dict[str, Any]] = {}
+        for attempt in attempts_of(self.folder(job)):
+            for record, _ in read_lines(attempt / "metrics.jsonl"):
+                newest[record["stage"], record["step"]] = record
         points = []
-        for record, _ in read_lines(self.folder(job) / "metrics.jsonl"):
+        for record in newest.values():
             values = {key: value for key, value in record["values"].items() if names is None or key in names}
             if values and (stage is None or record["stage"] == stage):
                 points.append((record, values))

@@ -12,15 +12,15 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from api.db import Base, Database
 from api.ids import new_id, run_name
-from services.rundir import CheckpointRecord, Progress
+from services.rundir import CheckpointRecord, Control, Progress
 
 JobStatus = Literal["queued", "provisioning", "running", "cancelling", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 _ENDS: frozenset[JobStatus] = TERMINAL
 NEXT: dict[JobStatus, frozenset[JobStatus]] = {
     "queued": _ENDS | {"provisioning", "cancelling"},
-    "provisioning": _ENDS | {"running", "cancelling"},
-    "running": _ENDS | {"cancelling"},
+    "provisioning": _ENDS | {"running", "cancelling", "queued"},
+    "running": _ENDS | {"cancelling", "queued"},
     "cancelling": _ENDS,
     "succeeded": frozenset(),
     "failed": frozenset(),
@@ -40,6 +40,8 @@ class JobRow(Base):
     spec: Mapped[dict[str, Any]] = mapped_column(JSON)
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", JSON)
     resources: Mapped[dict[str, Any]] = mapped_column(JSON)
+    resize: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Fields of the newest `services.rundir.Control`; None before the first."""
     deadline_s: Mapped[int]
     desired_state: Mapped[str]
     status: Mapped[JobStatus] = mapped_column(index=True)
@@ -170,7 +172,7 @@ class JobStore:
             )
             session.add(job)
             session.flush()
-            session.add(_first_attempt(job.id))
+            session.add(_attempt(job.id, 1))
             _add_event(session, job.id, "created", f"job {job.name} was accepted", {})
             if idempotency:
                 key, body_sha256 = idempotency
@@ -205,6 +207,20 @@ class JobStore:
                 job.desired_state = "cancel"
                 job.status = "cancelling"
                 _add_event(session, job_id, "cancel_requested", "cancellation was asked for", {})
+            return job
+
+    def resize(self, job_id: str, stage: str, rollout_workers: int, resources: dict[str, Any]) -> JobRow | None:
+        """Want so many rollout workers of a running stage, and reserve `resources`; a job that has ended stays as it is."""
+        with self._db.write() as session:
+            job = session.get(JobRow, job_id)
+            if job is None or job.status in TERMINAL:
+                return job
+            before = Control(**job.resize) if job.resize else Control(0, "", 0)
+            if (stage, rollout_workers) != (before.stage, before.rollout_workers):
+                control = Control(before.seq + 1, stage, rollout_workers)
+                job.resize, job.resources = asdict(control), resources
+                message = f"{rollout_workers} rollout workers of {stage} were asked for"
+                _add_event(session, job_id, "resize_requested", message, asdict(control))
             return job
 
     def events(self, job_id: str, after: int, limit: int) -> Sequence[EventRow]:
@@ -272,6 +288,19 @@ class JobStore:
         with self._db.write() as session:
             session.get_one(AttemptRow, (attempt.job_id, attempt.number)).cleaned = True
 
+    def again(self, attempt: AttemptRow, message: str, **data: Any) -> None:
+        """Queue a new attempt after `attempt`, of which nothing is left; once, and only while the job has not ended."""
+        with self._db.write() as session:
+            job = session.get_one(JobRow, attempt.job_id)
+            if job.status in TERMINAL or job.desired_state == "cancel" or job.attempt != attempt.number:
+                return
+            session.get_one(AttemptRow, (attempt.job_id, attempt.number)).cleaned = True
+            job.attempt += 1
+            session.add(_attempt(job.id, job.attempt))
+            _add_event(session, job.id, "attempt_started", message, {"attempt": job.attempt, **data})
+            _transition(session, job.id, "queued", None)
+            job.phase, job.heartbeat_at = "queued", None
+
     def submit_failed(self, attempt: AttemptRow, message: str) -> int:
         """Record a failed submit; how many there were."""
         with self._db.write() as session:
@@ -325,9 +354,9 @@ def _add_checkpoint(session: Session, job_id: str, record: CheckpointRecord, cre
         session.add(CheckpointRow(job_id=job_id, created_at=created_at, **asdict(record)))
 
 
-def _first_attempt(job_id: str) -> AttemptRow:
-    name = run_name(job_id, 1)
-    return AttemptRow(job_id=job_id, number=1, run_name=name, observed=False, submit_errors=0, events_offset=0, cleaned=False)
+def _attempt(job_id: str, number: int) -> AttemptRow:
+    counts = {"observed": False, "submit_errors": 0, "events_offset": 0, "cleaned": False}
+    return AttemptRow(job_id=job_id, number=number, run_name=run_name(job_id, number), **counts)
 
 
 def _replayed(session: Session, key: str, body_sha256: str) -> JobRow | None:

@@ -44,9 +44,8 @@ def summarise(groups: Sequence[RolloutGroup], pass_k: Sequence[int]) -> dict[str
         row[f"pass@{k}"] = _mean(pass_at_k(n, c, k) for n, c in rights if n >= k)
         if left_out := sum(n < k for n, _ in rights):
             row[f"pass@{k}_left_out"] = left_out
-    bleus = [self_bleu([sample.text for sample in group.samples]) for group in groups]
     row |= {
-        "self_bleu": _mean(bleu for bleu in bleus if bleu is not None),
+        "self_bleu": _mean_self_bleu(groups),
         "self_bleu_signature": self_bleu_signature(max((len(group.samples) for group in groups), default=0)),
         "distinct_answers": _mean(distinct_answers(s.extracted for s in scores) for scores in scored if scores),
         "distinct_correct": _mean(distinct_answers(s.extracted for s in scores if s.right) for scores in scored if scores),
@@ -63,7 +62,7 @@ def readiness(groups: Sequence[RolloutGroup]) -> dict[str, Figure]:
 
     `pass@1` and `pass@G` (any scored sample of the group right) say what can be learnt; `groups_with_variance`, the share of
     groups whose rewards are not all equal, is the share of prompts with a learning signal in GRPO's group-normalised
-    advantage. Groups without a scored sample are left out of these.
+    advantage. Groups without a scored sample are left out of these. `self_bleu` and `token_entropy` are as in `summarise`.
 
     Raises:
         ValueError: as `summarise`.
@@ -77,6 +76,7 @@ def readiness(groups: Sequence[RolloutGroup]) -> dict[str, Figure]:
         "pass@G": _mean(any(s.right for s in scores) for scores in scored),
         "groups_with_variance": _mean(len({s.reward for s in scores}) > 1 for scores in scored),
         "distinct_answers": _mean(distinct_answers(s.extracted for s in scores) for scores in scored),
+        "self_bleu": _mean_self_bleu(groups),
         "token_entropy": token_entropy([sample for group in groups for sample in group.samples]),
     }
     return figures | status_counts(groups)
@@ -133,6 +133,11 @@ def _check(groups: Sequence[RolloutGroup]) -> None:
                 f"expected one score per sample, got {len(group.scores)} scores for {len(group.samples)} samples of the prompt "
                 f"in line {group.prompt.line}; score the group first"
             )
+
+
+def _mean_self_bleu(groups: Sequence[RolloutGroup]) -> float | None:
+    bleus = [self_bleu([sample.text for sample in group.samples]) for group in groups]
+    return _mean(bleu for bleu in bleus if bleu is not None)
 
 
 def _scored(group: RolloutGroup) -> list[Score]:

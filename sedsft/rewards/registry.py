@@ -8,7 +8,8 @@ from contextlib import suppress
 from functools import partial
 
 from sedsft.records import ScoringItem
-from sedsft.reward_config import AnswerReward, FormatReward, LengthReward, OverlongPenalty, RewardConfig, ScorerName
+from sedsft.reward_config import AnswerReward, CodeReward, FormatReward, LengthReward, OverlongPenalty, RewardConfig, ScorerName
+from sedsft.rewards.code import CodeScorer
 from sedsft.rewards.components import format_reward, length_reward, overlong_penalty
 from sedsft.rewards.remote import RemoteScorer
 from sedsft.rewards.verdict import Reward, Verdict
@@ -93,7 +94,8 @@ def load(config: RewardConfig) -> Scorer:
     So imports and tables (about 2 s for the algebra) are not charged to a response.
 
     Raises:
-        ValueError: a comparison fails on a response that is known to be right.
+        ValueError: a comparison fails on a response that is known to be right, or the user's code is not what was submitted.
+        CodeError: the user's code does not load, or there is no sandbox for it.
     """
     answer = config.answer
     if answer is not None:
@@ -122,6 +124,7 @@ class _WeightedSum:
     def __init__(self, config: RewardConfig) -> None:
         self._components = config.summed
         self._remotes = {c.type: RemoteScorer(c) for c in config.summed if c.type == "remote"}
+        self._codes = {c.type: CodeScorer(c, config.memory_mb) for c in config.summed if c.type == "code"}
 
     def __call__(self, item: ScoringItem) -> Reward:
         parts: dict[str, float] = {}
@@ -138,6 +141,8 @@ class _WeightedSum:
                 parts[component.type] = length_reward(component, item.response_tokens)
             elif isinstance(component, OverlongPenalty):
                 parts[component.type] = overlong_penalty(component, item.response_tokens)
+            elif isinstance(component, CodeReward):
+                parts[component.type] = self._codes[component.type](item)
             else:
                 parts[component.type] = self._remotes[component.type](item)
         total = sum(component.weight * parts[component.type] for component in self._components)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,9 @@ from sedsft.records import Prompt, RolloutGroup, Score, ScoringItem
 from services.errors import RewardFailure
 from services.jobspec import RolloutResources, ScorerResources
 from services.placement import actor_groups
+from services.rollout.feed import Feed
 from services.rollout.fleet import RolloutFleet, prompt_seed, rollout_spec
+from services.rollout.health import State
 from services.run import Run
 from services.scoring.fleet import ScoringFleet, scoring_spec
 
@@ -76,8 +78,10 @@ class Engines:
         self._key: tuple[object, ...] | None = None
         self._started = False
         self._version = 0
+        self._wanted = 0
         self._fleet: RolloutFleet | None = None
         self._scorers: ScoringFleet | None = None
+        run.engines_now = self.counts
 
     def __enter__(self) -> Engines:
         return self
@@ -98,11 +102,12 @@ class Engines:
         self.release()
         specs = [rollout_spec(request.rollout), scoring_spec(request.scorer)]
         engines, scorers = self._stack.enter_context(actor_groups(specs, self._run.job_id))
-        self._scorers = ScoringFleet(scorers, request.scorer)
+        self._scorers = ScoringFleet(scorers, request.scorer, self._run.event)
         self._scorers.start(request.reward)
         self._fleet = RolloutFleet(engines, request.rollout, self._run.event)
         self._stack.callback(self._fleet.close)
         self._fleet.start(str(request.model_path), request.precision)
+        self._wanted = request.rollout.workers
         self._key = key
         self._started = False
 
@@ -116,15 +121,33 @@ class Engines:
             self._started = True
         return self._fleet
 
-    def resize(self, workers: int) -> None:
-        """Have so many engines; nobody waits for new ones. Any thread may call it."""
-        assert self._fleet is not None, "start engines first"
-        self._fleet.resize(workers)
+    def resize(self, workers: int) -> bool:
+        """Have so many engines; nobody waits for new ones. False where there are none now. Any thread may call it."""
+        fleet = self._fleet
+        if fleet is None or self._key is None:
+            return False
+        if workers != self._wanted:
+            self._wanted = workers
+            fleet.want(workers)
+        return True
 
-    def next_version(self, at_least: int = 1) -> int:
-        """Number of the next weights; never used twice in an attempt. A resumed stage asks for the number they had before."""
-        self._version = max(self._version + 1, at_least)
+    def counts(self) -> dict[str, int] | None:
+        """Engines `wanted`, `alive` and `ready`; None where there are none now. Any thread may call it."""
+        fleet = self._fleet
+        if fleet is None or self._key is None:
+            return None
+        states = list(fleet.states().values())
+        alive = sum(state is not State.DEAD for state in states)
+        return {"wanted": self._wanted, "alive": alive, "ready": states.count(State.READY)}
+
+    def next_version(self) -> int:
+        """Number of the next weights, never given before."""
+        self._version += 1
         return self._version
+
+    def use_version(self, version: int) -> None:
+        """Take note of a number that a stage which goes on gives the weights that had it before."""
+        self._version = max(self._version, version)
 
     def sample(self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int) -> list[RolloutGroup]:
         """`group_size` responses for each prompt, not yet scored."""
@@ -135,21 +158,35 @@ class Engines:
             for index, (prompt, samples) in enumerate(zip(prompts, groups, strict=True))
         ]
 
+    def stream(self, feed: Feed, group_size: int, sampling: SamplingConfig) -> None:
+        """`group_size` responses for each prompt that the feed gives, until it ends."""
+        assert self._fleet is not None, "start engines first"
+        self._fleet.stream(feed, group_size, sampling, timeout_s=GENERATE_TIMEOUT_S)
+
+    def halted(self) -> AbstractContextManager[None]:
+        """Inside the block, calls that sample in other threads end with `Halted`."""
+        assert self._fleet is not None, "start engines first"
+        return self._fleet.halted()
+
     def score(self, groups: Sequence[RolloutGroup], max_error_share: float) -> list[RolloutGroup]:
-        """The groups with a score for every sample.
+        """`scored`, when not too many samples have no score.
 
         Raises:
             RewardFailure: more than `max_error_share` of the samples could not be scored.
         """
+        scored = self.scored(groups)
+        check_errors([score for group in scored for score in group.scores], max_error_share)
+        return scored
+
+    def scored(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """The groups with a score, or the reason why there is none, for every sample."""
         assert self._scorers is not None, "start engines first"
         items = [
             ScoringItem(group.prompt.answer, sample.text, len(sample.response_ids), group.prompt.data_source)
             for group in groups
             for sample in group.samples
         ]
-        scores = self._scorers.score(items, timeout_s=SCORE_TIMEOUT_S)
-        check_errors(scores, max_error_share)
-        rest = iter(scores)
+        rest = iter(self._scorers.score(items, timeout_s=SCORE_TIMEOUT_S))
         return [replace(group, scores=tuple(next(rest) for _ in group.samples)) for group in groups]
 
 

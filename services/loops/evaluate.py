@@ -13,11 +13,13 @@ from sedsft.config import Benchmark, EvalConfig, FilterConfig, SamplingConfig
 from sedsft.data.chat import encode_prompts, load_tokenizer
 from sedsft.data.sources import read_benchmark
 from sedsft.evaluation.metrics import mean_row, summarise
+from sedsft.gate_config import GateConfig
 from sedsft.records import Prompt, RolloutGroup
 from services.actor_group import ActorGroup, ActorSpec
 from services.jobspec import REFERENCE_CPUS, EvalStage
 from services.loops.engines import EngineRequest, Engines
 from services.placement import actor_groups
+from services.rollout.transport import FileTransport
 from services.rollout.weight_sync import Pair, Probe, WeightSync
 from services.run import Run, write_json
 from services.training.reference_worker import ReferenceWorker
@@ -74,7 +76,7 @@ def _problems(config: EvalConfig, benchmark: Benchmark, model_path: Path) -> lis
 
 def load_model(
     run: Run,
-    config: EvalConfig | FilterConfig,
+    config: EvalConfig | FilterConfig | GateConfig,
     folder: Path,
     engines: Engines,
     reference: ActorGroup,
@@ -83,7 +85,7 @@ def load_model(
 ) -> None:
     """Bring the model of `path` into the engines and check them against transformers on the same files."""
 
-    def export(target: Path) -> None:
+    def write(target: Path) -> None:
         for file in path.iterdir():
             if file.suffix in (".safetensors", ".json"):
                 (target / file.name).symlink_to(file)
@@ -97,7 +99,8 @@ def load_model(
     # The whole distribution: a nucleus would renormalise the sampler's log-probabilities.
     whole = SamplingConfig(temperature=config.sampling.temperature, max_tokens=config.sampling.max_tokens)
     checked = Probe(probe, whole, config.seed)
-    sync = WeightSync(engines.ready(), export, log_probs, folder / "weights", checked, config.max_logprob_gap)
+    files = FileTransport(write, folder / "weights")
+    sync = WeightSync(engines.ready(), files, log_probs, checked, config.max_logprob_gap)
     report = sync.push(engines.next_version())
     run.event("loaded", f"{path.parent.name}/{path.name} verified, mean gap {report.mean_gap:.4f}", probe_gap=report.mean_gap)
 

@@ -1,48 +1,44 @@
-"""The RL stage: readiness figures, then rounds of sample, score, record, update and verified weight sync.
+"""The RL stage: readiness figures, then iterations of sample, score, record, update and verified weight sync.
 
-What the trainers do follows from their checkpoint and the recorded rollouts alone, so that a run that was killed ends with the
-bits of one that was not.
+Whether engines sample while trainers train is up to the stage's overlap (services.loops.overlap); the loop is the same. What
+the trainers do follows from their checkpoint and the recorded rollouts alone, so that a run that was killed ends with the bits
+of one that was not.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sedsft.config import GRPOConfig, SamplingConfig
+from sedsft.config import AsyncOverlap, GRPOConfig, OneStepOffOverlap, SyncOverlap
 from sedsft.data.chat import encode_prompts, load_tokenizer
-from sedsft.data.order import RefillOrder, RowOrder
 from sedsft.evaluation.metrics import readiness
-from sedsft.grpo import GroupAdvantages, collect
+from sedsft.grpo import GroupAdvantages
 from sedsft.records import Prompt, RolloutGroup
 from services import checkpoints
 from services.actor_group import ActorGroup
 from services.checkpoints import CheckpointInfo
 from services.jobspec import RLStage
 from services.loops.engines import EngineRequest, Engines
-from services.loops.policy_update import (
-    advantages_of,
-    kept_groups,
-    rollout_figures,
-    trainer_log_probs,
-    update_policy,
-    varies,
-)
-from services.loops.ranks import SETUP_TIMEOUT_S, STEP_TIMEOUT_S, spec_sha256, start_ranks, trainer_actors
+from services.loops.group_counts import GroupCounts, check_staleness, staleness_figures
+from services.loops.ledger import Ledger, ledger_prompts
+from services.loops.overlap import Fit, OneStepOff, Overlap, Sync
+from services.loops.overlap_async import Async
+from services.loops.policy_update import advantages_of, kept_groups, rollout_figures, update_policy
+from services.loops.ranks import SETUP_TIMEOUT_S, spec_sha256, start_ranks, trainer_actors
 from services.loops.recording import Recording
 from services.loops.resume import policy_identity_of, resume_point
+from services.loops.rounds import Rounds, sampling
 from services.loops.saving import CheckpointSaver
+from services.loops.syncing import policy_sync
+from services.loops.timeline import ENGINES, FILE, TRAINERS, Timeline
 from services.model_card import CardFacts, model_card
 from services.placement import actor_groups
 from services.reward_check import read_matchable_prompts
-from services.rollout.weight_sync import Probe, SyncReport, WeightSync
+from services.rollout.weight_sync import WeightSync
 from services.run import Run, write_json
 from services.rundir import attempts_of
 from services.scoring.fleet import unknown_sources
@@ -75,18 +71,22 @@ def run_grpo(run: Run, stage: RLStage, folder: Path, engines: Engines) -> None:
             run.published(checkpoints.record_of(path, info))
             return
     run.phase("loading")
+    ledger = Ledger(run, config, folder, engines, ledger_prompts(run, config, model_path, prompts))
     # Before the trainers are reserved, so that engines of another shape make room first; both then load side by side.
     engines.start(EngineRequest(model_path, config.precision, stage.rollout, stage.scorer, config.reward))
     with actor_groups([trainer_actors(stage.trainer, PolicyWorker)], run.job_id) as [trainers]:
         start_policy(trainers, stage, model_path)
         if point is not None:
             trainers.call("resume", path, timeout_s=SETUP_TIMEOUT_S)
-        sync = _weight_sync(config, folder, engines, trainers, prompts)
-        loop = _Iterations(run, stage, folder, engines, trainers, prompts, sync, info)
-        loop.begin()
-        while loop.info.step < config.iterations:
-            loop.advance()
-        loop.finish()
+        sync = _weight_sync(stage, folder, engines, trainers, prompts)
+        loop = _Iterations(run, stage, folder, engines, trainers, prompts, sync, info, ledger)
+        try:
+            loop.begin()
+            while loop.info.step < config.iterations:
+                loop.advance()
+            loop.finish()
+        finally:
+            loop.close()
 
 
 def start_policy(trainers: ActorGroup, stage: RLStage, model_path: Path) -> None:
@@ -113,22 +113,21 @@ def train_on(
     return advantages, update_policy(trainers, config, kept, first_step=(iteration - 1) * updates_of(config) + 1)
 
 
-def iteration_seed(seed: int, iteration: int, refill: int = 0) -> int:
-    """Seed of all samples of an iteration (from 1), so that groups lost on the way are drawn again as they were; those of a
-    refill have their own.
-
-    Hashed, since sums of seed and iteration would give two runs with neighbouring seeds the same samples.
-    """
-    name = f"rollout:{seed}:{iteration}" + (f":{refill}" if refill else "")
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+def overlap_of(rounds: Rounds, fit: Fit) -> Overlap:
+    """The mode that the stage's settings name."""
+    match rounds.config.overlap:
+        case SyncOverlap():
+            return Sync(rounds, fit)
+        case OneStepOffOverlap():
+            return OneStepOff(rounds, fit)
+        case AsyncOverlap(max_staleness=max_staleness):
+            return Async(rounds, fit, max_staleness)
 
 
 @dataclass
 class _Iterations:
-    """The rounds of a stage: sample, score, record, update, save, sync.
-
-    `info` is that of the checkpoint the ranks were resumed from, or of iteration 0, and then follows the iterations.
-    """
+    """The iterations of a stage. `info` is that of the checkpoint the ranks were resumed from, or of iteration 0, and then
+    follows the iterations."""
 
     run: Run
     stage: RLStage
@@ -138,51 +137,66 @@ class _Iterations:
     prompts: Sequence[Prompt]
     sync: WeightSync
     info: CheckpointInfo
+    ledger: Ledger
 
     def __post_init__(self) -> None:
         config = self._config = self.stage.grpo
         assert self.info.identity is not None, "expected the identity that every run begins with"
-        self._order = RowOrder(len(self.prompts), config.prompts_per_iteration, config.seed, steps=config.iterations)
         self._recording = Recording(self.run, self.stage.name, self.info.identity)
         self._saver = CheckpointSaver(self.run, self.trainers, self.folder, config.checkpoints.keep)
-        self._version = self.engines.next_version(self.info.weight_version or 1)
-        self._fitted = False
+        self._timeline, self._counts = Timeline(), GroupCounts()
+        first = self._first_version()
+        self._rounds = Rounds(
+            self.run, config, self.engines, self.prompts, self._recording, first, self._timeline, self._counts
+        )
+        self._mode = overlap_of(self._rounds, self._fit)
+        self._fitted: int | None = None
+        self._sync_figures: dict[str, float] = {}
         self._figures: dict[str, float] = {}
 
     def begin(self) -> None:
-        """Fit the engines and measure what the starting model leaves to explore, unless earlier attempts have begun."""
+        """Measure what the starting model leaves to explore, unless earlier attempts have begun."""
         if self.info.step or self._recording.holds(1):
             for attempt in attempts_of(self.run.folder)[:-1]:
                 _keep(self.folder, attempt / "stages" / self.stage.name)
-            return
-        self._fit()
-        self.run.phase("readiness")
-        _readiness(self.run, self._config, self.engines, self.prompts, self.folder)
+        elif self._config.readiness_prompts:
+            self._fit()
+            self.run.phase("readiness")
+            _readiness(self.run, self._config, self.engines, self.prompts, self.folder)
+        self._probe()
+        self._timeline.cut()
 
     def advance(self) -> None:
         """The next iteration."""
-        iteration, config, clock = self.info.step + 1, self._config, Clock()
-        groups = self._recording.read(iteration)
-        if groups is None:
-            groups = self._sample(iteration, clock)
-            self._recording.write(iteration, groups)
+        iteration, config = self.info.step + 1, self._config
+        version = self._rounds.version(iteration)
+        groups = self._mode.groups(iteration)
+        self._mode.check()
+        check_staleness(groups, version, self._mode.max_staleness, iteration)
+        self._mode.begin_next(iteration)
         self.run.phase("train_step", iteration, config.iterations)
-        with clock("train"):
+        with self._timeline.span("train", TRAINERS):
             advantages, figures = train_on(self.trainers, config, iteration, groups)
         if not figures:
             self.run.event("no_update", f"iteration {iteration}: no sample counts, the weights stay", iteration=iteration)
-        self._version, self._fitted = self.engines.next_version(), False
-        num_samples = self.info.consumed_samples + sum(len(group.samples) for group in groups)
-        self.info = replace(self.info, step=iteration, consumed_samples=num_samples, weight_version=self._version)
-        figures |= rollout_figures(groups, advantages, config)
+        self.engines.use_version(version + 1)
+        num_samples = sum(len(group.samples) for group in groups)
+        consumed = self.info.consumed_samples + num_samples
+        self.info = replace(self.info, step=iteration, consumed_samples=consumed, weight_version=version + 1)
+        figures |= rollout_figures(groups, advantages, config) | staleness_figures(groups, version)
+        self._mode.settle(iteration)
         every = config.checkpoints.every_steps
         if every is not None and iteration % every == 0 and iteration < config.iterations:
             figures["save_wait_s"] = self._save(figures)
-        if not self._recording.holds(iteration + 1):
-            self.run.phase("weight_sync", iteration, config.iterations)
-            with clock("sync"):
-                figures |= _sync_figures(self._fit())
-        self.run.metrics(iteration, figures | clock.figures())
+        if self._mode.wants_weights(iteration):
+            self._fit()
+        self._probe()
+        running = self._mode.check()
+        window = self._timeline.cut()
+        window.append_to(self.folder / FILE, iteration)
+        figures |= self._sync_figures | self._counts.figures(running) | window.figures()
+        self._sync_figures = {}
+        self.run.metrics(iteration, figures | {"samples_per_s": num_samples / figures["iteration_s"]})
         self._figures = figures
         self._saver.poll()
 
@@ -191,42 +205,40 @@ class _Iterations:
         self._save(self._figures)
         self._saver.wait()
 
-    def _sample(self, iteration: int, clock: Clock) -> list[RolloutGroup]:
-        """Scored groups of an iteration, refills included, by engines that hold the weights of now."""
-        config = self._config
-        if not self._fitted:
+    def close(self) -> None:
+        """End what the mode runs beside the loop."""
+        self._mode.close()
+
+    def _first_version(self) -> int:
+        """Version of the starting weights: that of earlier attempts, where they have left anything."""
+        if self.info.weight_version is not None:
+            first: int | None = self.info.weight_version - self.info.step
+        else:
+            first = self._recording.first_version()
+        if first is None:
+            return self.engines.next_version()
+        self.engines.use_version(first + self.info.step)
+        return first
+
+    def _fit(self) -> None:
+        """Bring the engines to the weights of now and verify them, unless they hold them."""
+        version = self._rounds.version(self.info.step + 1)
+        if self._fitted == version:
+            return
+        self.run.phase("weight_sync", self.info.step, self._config.iterations)
+        with self._timeline.span("sync", ENGINES, TRAINERS):
+            report = self.sync.push(version)
+        if report.refitted:
+            engines = [f"rollout-{engine}" for engine in report.refitted]
+            self.run.event("refitted", f"weights {version} had to be loaded twice into {', '.join(engines)}", engines=engines)
+        self._fitted, self._sync_figures = version, report.figures()
+
+    def _probe(self) -> None:
+        """Note in the ledger what is left to explore, when it is due."""
+        if self.ledger.due(self.info.step):
             self._fit()
-        rows = RefillOrder(self._order, iteration - 1, config.max_refills or 0)
-
-        def draw(refill: int, count: int) -> list[RolloutGroup]:
-            self.run.phase("rollout", iteration, config.iterations)
-            if not (drawn := [self.prompts[index] for index in rows.draw(refill, count)]):
-                return []
-            with clock("rollout"):
-                seed = iteration_seed(config.seed, iteration, refill)
-                groups = self.engines.sample(drawn, config.group_size, sampling(config), seed)
-            self.run.phase("reward", iteration, config.iterations)
-            with clock("score"):
-                return self.engines.score(groups, config.reward.max_error_share)
-
-        collected = collect(draw, lambda group: varies(group, config), config.prompts_per_iteration, config.max_refills or 0)
-        if config.max_refills is not None and len(collected.kept) < config.prompts_per_iteration:
-            self.run.event(
-                "groups_missing",
-                f"iteration {iteration}: {len(collected.kept)} of {config.prompts_per_iteration} groups vary after "
-                f"{collected.refills} refills; the update is over those",
-                iteration=iteration,
-                kept=len(collected.kept),
-                drawn=len(collected.drawn),
-                refills=collected.refills,
-            )
-        return collected.drawn
-
-    def _fit(self) -> SyncReport:
-        """Bring the engines to the weights of now and verify them."""
-        report = _synced(self.run, self.sync.push(self._version))
-        self._fitted = True
-        return report
+            with self._timeline.span("ledger", ENGINES):
+                self.ledger.probe(self.info.step)
 
     def _save(self, figures: Mapping[str, float]) -> float:
         """Begin to save the state behind the newest iteration; seconds that training waited."""
@@ -238,28 +250,6 @@ def _keep(folder: Path, left: Path) -> None:
     """Copy what an earlier attempt measured before the first update into the stage's `folder`."""
     if (left / READINESS).exists():
         shutil.copyfile(left / READINESS, folder / READINESS)
-
-
-class Clock:
-    """Seconds per phase of one iteration."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
-
-    def figures(self) -> dict[str, float]:
-        """`seconds_<phase>` for each phase."""
-        return {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
-
-
-def sampling(config: GRPOConfig) -> SamplingConfig:
-    """How rollouts are drawn: the whole distribution, since the loss is over it."""
-    return SamplingConfig(temperature=config.temperature, max_tokens=config.max_tokens)
 
 
 def _prompts(run: Run, config: GRPOConfig, model_path: Path) -> list[Prompt]:
@@ -274,35 +264,13 @@ def _prompts(run: Run, config: GRPOConfig, model_path: Path) -> list[Prompt]:
     return list(encoded.prompts)
 
 
-def _weight_sync(
-    config: GRPOConfig, folder: Path, engines: Engines, trainers: ActorGroup, prompts: Sequence[Prompt]
-) -> WeightSync:
+def _weight_sync(stage: RLStage, folder: Path, engines: Engines, trainers: ActorGroup, prompts: Sequence[Prompt]) -> WeightSync:
     """Tie trainers and engines together."""
-
-    def export(target: Path) -> None:
-        trainers.call("export_weights", target, timeout_s=STEP_TIMEOUT_S)
-
-    probe = Probe(prompts[: config.probe_prompts], sampling(config), config.seed)
-    return WeightSync(
-        engines.ready(), export, partial(trainer_log_probs, trainers), folder / "weights", probe, config.max_logprob_gap
-    )
-
-
-def _synced(run: Run, report: SyncReport) -> SyncReport:
-    if report.refitted:
-        engines = [f"rollout-{engine}" for engine in report.refitted]
-        run.event("refitted", f"weights {report.version} had to be loaded twice into {', '.join(engines)}", engines=engines)
-    return report
-
-
-def _sync_figures(report: SyncReport) -> dict[str, float]:
-    return {"probe_gap_mean": report.mean_gap, "probe_gap_max": report.max_gap, "weight_version": report.version}
+    return policy_sync(stage, folder, engines.ready(), trainers, prompts)
 
 
 def _readiness(run: Run, config: GRPOConfig, engines: Engines, prompts: Sequence[Prompt], folder: Path) -> None:
     """What the checkpoint leaves for RL to explore, on the first prompts, before any update."""
-    if not config.readiness_prompts:
-        return
     groups = engines.sample(prompts[: config.readiness_prompts], config.group_size, sampling(config), config.seed)
     figures: dict[str, Any] = readiness(engines.score(groups, config.reward.max_error_share))
     write_json(folder / READINESS, figures)

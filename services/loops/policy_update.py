@@ -56,12 +56,15 @@ def policy_rows(groups: Sequence[RolloutGroup], advantages: GroupAdvantages, cho
 
 
 def trainer_log_probs(
-    trainers: ActorGroup, pairs: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], reference: bool = False
+    trainers: ActorGroup,
+    pairs: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]],
+    reference: bool = False,
+    timeout_s: float = STEP_TIMEOUT_S,
 ) -> list[npt.NDArray[np.float32]]:
     """`PolicyWorker.log_probs` of (prompt ids, response ids) pairs that are spread over all ranks."""
     count = len(trainers)
     shards = [(list(pairs[rank::count]), reference) for rank in range(count)]
-    parts = trainers.scatter("log_probs", shards, timeout_s=STEP_TIMEOUT_S)
+    parts = trainers.scatter("log_probs", shards, timeout_s=timeout_s)
     return [parts[i % count][i // count] for i in range(len(pairs))]
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from sedsft.records import RolloutGroup
 from services.checkpoints import identity_diff
 from services.errors import RecordingInvalid
-from services.rollout_record import FOLDER, RecordedIteration, read_rollouts, recorded_files, write_rollouts
+from services.rollout_record import FOLDER, RecordedIteration, read_rollouts, read_table, recorded_files, write_rollouts
 from services.run import Run
 
 
@@ -55,6 +57,25 @@ class Recording:
         check_recorded(recorded, self._identity, path)
         self._run.event("rollouts_read", f"rollouts of iteration {iteration} read from {path}", iteration=iteration)
         return recorded.groups
+
+    def seeds(self) -> dict[int, set[int]]:
+        """Seeds of the groups of each recorded iteration; empty where the file is damaged, which `read` reports."""
+        found: dict[int, set[int]] = {}
+        for iteration, path in self._files.items():
+            try:
+                table = read_table(path, ["sample", "seed"])
+            except RecordingInvalid:
+                continue
+            found[iteration] = set(table.filter(pc.field("sample") == 0)["seed"].to_pylist())
+        return found
+
+    def first_version(self) -> int | None:
+        """Version of the weights that the stage began with; None where iteration 1 is not recorded or damaged."""
+        try:
+            rows = read_table(self._files[1], ["weight_version"])["weight_version"].to_pylist() if 1 in self._files else []
+        except RecordingInvalid:
+            return None
+        return max(rows, default=None)
 
     def write(self, iteration: int, groups: Sequence[RolloutGroup]) -> None:
         """Record the scored groups of an iteration; on disk when this returns."""

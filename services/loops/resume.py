@@ -11,6 +11,7 @@ from typing import Any
 
 from sedsft.data.store import ExampleStore
 from sedsft.records import Prompt
+from services import checkpoints
 from services.checkpoints import (
     MANIFEST,
     CheckpointInfo,
@@ -34,8 +35,9 @@ def identity_of(stage: SFTStage, model_path: Path, training: ExampleStore, held_
     The settings include ranks, ZeRO stage and precision; when checkpoints are saved and who encodes the rows does not matter.
     With adapters, the weights that they stand on count too, since the training state leaves them out.
     """
+    free: dict[str, Any] = {"sft": {"checkpoints", "encode_processes", "resume_from"}, "recovery": True}
     identity = {
-        "stage": stage.model_dump(mode="json", exclude={"sft": {"checkpoints", "encode_processes", "resume_from"}}),
+        "stage": stage.model_dump(mode="json", exclude=free),
         "data_sha256": training.sha256,
         "held_out_sha256": held_out.sha256,
         "tokenizer_sha256": tokenizer_sha256(model_path),
@@ -49,8 +51,9 @@ def policy_identity_of(stage: RLStage, model_path: Path, prompts: Sequence[Promp
     How many engines and scorers there are does not matter. The model does: rollouts of the first iterations are its own.
     """
     rows = "\n".join(json.dumps(asdict(prompt), sort_keys=True) for prompt in prompts)
+    free: dict[str, Any] = {"grpo": {"checkpoints", "ledger"}, "rollout": True, "scorer": True, "recovery": True}
     return {
-        "stage": stage.model_dump(mode="json", exclude={"grpo": {"checkpoints"}, "rollout": True, "scorer": True}),
+        "stage": stage.model_dump(mode="json", exclude=free),
         "data_sha256": hashlib.sha256(rows.encode()).hexdigest(),
         "tokenizer_sha256": tokenizer_sha256(model_path),
         "model_sha256": weights_sha256(model_path),
@@ -60,12 +63,18 @@ def policy_identity_of(stage: RLStage, model_path: Path, prompts: Sequence[Promp
 def resume_point(run: Run, stage: SFTStage | RLStage, identity: dict[str, Any]) -> tuple[Path, CheckpointInfo] | None:
     """The verified checkpoint that the stage goes on from; None where it starts from its model.
 
-    Earlier attempts of this job come before an SFT stage's `resume_from`. Broken checkpoints on the way are reported as events.
+    Earlier attempts of this job come before an SFT stage's `resume_from`. Broken checkpoints on the way are reported as events,
+    and removed where this attempt has saved them: their steps are trained and saved again.
 
     Raises:
         CheckpointInvalid: there is a history and nothing good in it, or it belongs to other settings.
     """
     found = _newest(run, stage)
+    step = 0 if found is None else found[1].info.step
+    for newer, broken in checkpoints.steps_below(run.folder / "stages" / stage.name / "checkpoints").items():
+        if newer > step:
+            checkpoints.remove(broken)
+            run.removed(broken)
     if found is None:
         return None
     path, manifest = found

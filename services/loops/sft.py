@@ -84,7 +84,9 @@ def run_sft(run: Run, stage: SFTStage, folder: Path) -> None:
 
 
 def _keep_finished(run: Run, folder: Path, path: Path, info: CheckpointInfo) -> None:
-    """An earlier attempt saved the last step at `path`, so its checkpoint is that of this one too."""
+    """The last step was saved at `path` before, so nothing is left to train: what an earlier attempt left is this one's too."""
+    if path.is_relative_to(folder):
+        return
     for name in (CALIBRATION, TOKENS):
         if (left := path.parent.parent / name).exists():
             shutil.copyfile(left, folder / name)
@@ -232,11 +234,6 @@ class _Training:
         self._state = _State.of(self._config, self.info)
         self._state.skips = skips
         self._save_owed = False
-        for newer, path in checkpoints.steps_below(self.folder / "checkpoints").items():
-            # What newest_good found broken; the steps that it stood for are trained and saved again.
-            if newer > self.info.step:
-                checkpoints.remove(path)
-                self.run.removed(path)
         source = "the starting model" if point is None else f"step {self.info.step} ({point[0]})"
         message = f"{SKIPS_IN_A_ROW} steps in a row were skipped up to step {step}; training goes on from {source}"
         self.run.event("rolled_back", message, step=step, to_step=self.info.step, path=str(point[0]) if point else None)

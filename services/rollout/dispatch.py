@@ -38,7 +38,7 @@ Verdict = Literal["taken", "late", "wrong_version"]
 
 @dataclass(frozen=True)
 class Load:
-    """The work of one call: `prompts` prompts of `group_size` samples, all to be drawn with the weights `version`."""
+    """The work of one call: at first `prompts` prompts of `group_size` samples, all to be drawn with the weights `version`."""
 
     prompts: int
     group_size: int
@@ -52,6 +52,7 @@ class Dispatcher(Generic[SampleT]):
 
     def __init__(self, load: Load) -> None:
         self._load = load
+        self._prompts = load.prompts
         self._waiting = deque(range(load.prompts))
         self._running: dict[int, Life] = {}
         self._held: Counter[Life] = Counter()
@@ -67,7 +68,17 @@ class Dispatcher(Generic[SampleT]):
     @property
     def done(self) -> bool:
         """True when every prompt is answered."""
-        return len(self._answers) == self._load.prompts
+        return len(self._answers) == self._prompts
+
+    @property
+    def missing(self) -> int:
+        """Prompts that are not answered."""
+        return self._prompts - len(self._answers)
+
+    def add(self, prompts: int) -> None:
+        """So many prompts more, numbered on."""
+        self._waiting.extend(range(self._prompts, self._prompts + prompts))
+        self._prompts += prompts
 
     def assign(self, ready: Iterable[Life]) -> list[tuple[Life, int]]:
         """Hand waiting prompts to the engines of `ready` that have room, each to the one with the fewest samples."""
@@ -133,7 +144,7 @@ class Dispatcher(Generic[SampleT]):
 
     def results(self) -> list[Sequence[SampleT]]:
         """The answers in the prompts' order; call it when `done`."""
-        return [self._answers[prompt] for prompt in range(self._load.prompts)]
+        return [self._answers[prompt] for prompt in range(self._prompts)]
 
     def running(self) -> dict[Life, int]:
         """Prompts that each engine holds now."""
@@ -142,8 +153,8 @@ class Dispatcher(Generic[SampleT]):
     def check(self) -> None:
         """Raise `RuntimeError` unless prompts = answered + running + waiting, as it must be whatever happened."""
         answered, running, waiting = len(self._answers), len(self._running), len(self._waiting)
-        if answered + running + waiting != self._load.prompts or running != self._held.total():
+        if answered + running + waiting != self._prompts or running != self._held.total():
             raise RuntimeError(
-                f"expected {self._load.prompts} prompts = answered + running + waiting, got {answered} + {running} + {waiting} "
+                f"expected {self._prompts} prompts = answered + running + waiting, got {answered} + {running} + {waiting} "
                 f"({self._held.total()} held by engines); the dispatcher lost or doubled one, report it"
             )

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import vllm.outputs
 from vllm import AsyncEngineArgs, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -39,6 +41,7 @@ def _engine_args(setup: RolloutSetup) -> AsyncEngineArgs:
     """
     resources = setup.resources
     on_cpu = resources.gpus_per_worker == 0
+    backend = resources.transfer_backend
     model = json.loads((Path(setup.model_path) / "config.json").read_text(encoding="utf-8"))
     max_model_len = min(resources.max_model_len, model.get("max_position_embeddings", resources.max_model_len))
     return AsyncEngineArgs(
@@ -56,6 +59,7 @@ def _engine_args(setup: RolloutSetup) -> AsyncEngineArgs:
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
         worker_extension_cls="services.rollout.worker_extension.WorkerExtension",
+        weight_transfer_config=None if backend is None else WeightTransferConfig(backend=backend),
     )
 
 
@@ -144,9 +148,42 @@ class Engine:
         self._cuts.add(task)
         task.add_done_callback(self._cuts.discard)
 
-    async def load_weights(self, folder: str) -> None:
-        """Replace the weights in place and forget the keys and values that the old ones made."""
-        await self._unless_dead(self._llm.collective_rpc("reload_and_repack", args=(folder,)))
+    async def load_weights(self, folder: str, version: int) -> int:
+        """Replace the weights in place by those of files; returns the version that the engine holds then."""
+        await self._unless_dead(self._llm.collective_rpc("reload_and_repack", args=(folder, version)))
+        return await self.held_version()
+
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """Meet the trainers, instead of those that were met before."""
+        await self._unless_dead(self._llm.shutdown_weight_transfer_engine())
+        await self._unless_dead(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
+
+    async def start_update(self) -> None:
+        """Begin to replace the weights by those that the trainers send."""
+        await self._unless_dead(self._llm.collective_rpc("hold_no_version"))
+        await self._unless_dead(self._llm.start_weight_update())
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive weights and load them."""
+        await self._unless_dead(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+
+    async def finish_update(self, version: int) -> None:
+        """All weights of `version` have come."""
+        await self._unless_dead(self._llm.collective_rpc("finish_and_repack", args=(version,)))
+
+    async def held_version(self) -> int:
+        """Version that all of the engine's processes hold; nothing is left of the keys and values that older weights made."""
+        held: list[int | None] = await self._unless_dead(self._llm.collective_rpc("held_version"))
+        await self._forget()
+        if None in held or len(set(held)) != 1:
+            raise WeightSyncMismatch(
+                f"expected all processes of the engine to hold one version of the weights, got {held}; look at their lines in "
+                "the job's log"
+            )
+        return int(held[0] or 0)
+
+    async def _forget(self) -> None:
+        """Forget the keys and values that the old weights made."""
         if not await self._unless_dead(self._llm.reset_prefix_cache()):
             raise WeightSyncMismatch(
                 "expected the engine to forget the old weights' keys and values, it still uses some; load weights only after "

@@ -10,22 +10,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from sedsft.config import Precision, SamplingConfig
 from sedsft.records import Prompt, Sample
 from services.actor_group import ActorGroup, ActorSpec, tend_while_waiting
-from services.errors import DataError, PhaseTimeout, WorkerDied
-from services.jobspec import RolloutResources
+from services.errors import DataError, NoneLeft, PhaseTimeout, WeightSendFailed, WorkerDied
+from services.jobspec import RolloutResources, SyncSettings
 from services.rollout.dispatch import Dispatcher, Life, Load
+from services.rollout.feed import Ask, Batch, Feed
 from services.rollout.health import Event, HealthLimits, State
 from services.rollout.keeper import EventSink, Keeper, Refit
+from services.rollout.transport import WeightLoad
 from services.rollout.worker import GenerateRequest, RolloutSetup, RolloutWorker
 
 log = logging.getLogger("sedsft.rollout")
 
+_FEED_S = 0.05
+"""Longest wait until a feed is asked for more."""
 _SPARE_CALLS = 16
 """Calls of an engine beside those that sample, heartbeats above all: they must not queue behind them."""
 
@@ -65,8 +68,14 @@ def _samples_held(resources: RolloutResources) -> int:
 def health_limits(resources: RolloutResources) -> HealthLimits:
     """How long an engine may be silent, and how often it may come back."""
     owed_s = resources.heartbeat_timeout_s
+    # Sending and then being asked are both part of a load, each with a deadline of its own; this one is for refits.
+    sync_s = max(2 * resources.sync.load_timeout_s, resources.sync.probe_timeout_s)
     return HealthLimits(
-        heartbeat_s=min(2.0, owed_s / 8), suspect_after_s=owed_s / 4, dead_after_s=owed_s, restarts=resources.restarts
+        heartbeat_s=min(2.0, owed_s / 8),
+        suspect_after_s=owed_s / 4,
+        dead_after_s=owed_s,
+        sync_timeout_s=sync_s,
+        restarts=resources.restarts,
     )
 
 
@@ -80,13 +89,12 @@ def prompt_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "big") >> 2
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What one `generate` call asks for, beside its prompts."""
+def _asks(prompts: Sequence[Prompt], seed: int) -> list[Ask]:
+    return [Ask(prompt, prompt_seed(seed, index)) for index, prompt in enumerate(prompts)]
 
-    group_size: int
-    sampling: SamplingConfig
-    seed: int
+
+class Halted(Exception):
+    """Sampling was broken off by `RolloutFleet.halted`."""
 
 
 class RolloutFleet:
@@ -102,9 +110,15 @@ class RolloutFleet:
         self._event = event
         self._keeper: Keeper | None = None
         self._lock = threading.RLock()
+        self._halted = threading.Event()
         self._version = 0
         self._counts: Counter[str] = Counter()
         self._end_tending: Callable[[], None] | None = None
+
+    @property
+    def sync_settings(self) -> SyncSettings:
+        """How weights are to come into the engines."""
+        return self._resources.sync
 
     def __len__(self) -> int:
         return len(self._kept().engines()) if self._keeper else len(self._group)
@@ -120,7 +134,7 @@ class RolloutFleet:
 
         Raises:
             ModelError: vLLM does not take the model.
-            WorkerDied: no engine is left.
+            NoneLeft: no engine is left.
             PhaseTimeout: not within `timeout_s` seconds.
         """
         keeper, deadline = self._kept(), time.monotonic() + timeout_s
@@ -148,10 +162,14 @@ class RolloutFleet:
         new one serves once it has been built and holds the current weights; nobody waits for it. The event `engine_refused`
         says when the cluster does not hold one more.
         """
+        self.want(workers)
+        self._tend()
+
+    def want(self, workers: int) -> None:
+        """The same, done by the next thread that samples or waits; for callers who must not be told of deaths."""
         if workers < 1:
             raise ValueError(f"expected at least 1 rollout worker, got {workers}; end the job to stop all")
         self._kept().resize(workers)
-        self._tend()
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int, *, timeout_s: float
@@ -164,62 +182,108 @@ class RolloutFleet:
 
         Raises:
             DataError: a prompt leaves too little room for the response.
-            WorkerDied: no engine is left, a prompt lost two, or a member of another group died.
-            PhaseTimeout: not within `timeout_s` seconds.
+            NoneLeft: no engine is left.
+            WorkerDied: a prompt lost two engines, or a member of another group died.
+            PhaseTimeout: not one group was finished for `timeout_s` seconds.
         """
-        self._check_lengths(prompts, sampling.max_tokens)
-        keeper, deadline = self._kept(), time.monotonic() + timeout_s
-        job = _Job(group_size, sampling, seed)
-        with self._lock:
-            load = Load(len(prompts), group_size, self._version, _samples_held(self._resources))
-            work: Dispatcher[Sample] = Dispatcher(load)
-            with keeper.losses_to(lambda life, blame: self._counts.update(redispatched=work.lost(life, blame=blame))):
-                while not work.done:
-                    for life, index in work.assign(keeper.lives(State.READY)):
-                        answered = partial(self._answered, work, life, index)
-                        request = self._request(prompts[index : index + 1], index, job)
-                        keeper.call(life, "generate", request, done=answered, late_too=True)
-                    keeper.pump(max(0.0, deadline - time.monotonic()))
-                    self._check_progress(work, load, deadline, timeout_s)
-        groups = [tuple(samples) for samples in work.results()]
-        cut = sum(sample.timed_out for samples in groups for sample in samples)
-        if cut:
-            self._counts["timed_out"] += cut
-            limit_s = self._resources.sample_timeout_s
-            self._event(
-                "samples_timed_out", f"{cut} samples ran longer than {limit_s:g} s and end where they were", samples=cut
-            )
-        return groups
+        batch = Batch(_asks(prompts, seed))
+        self.stream(batch, group_size, sampling, timeout_s=timeout_s)
+        return batch.groups()
 
-    def _request(self, prompts: Sequence[Prompt], first: int, job: _Job) -> GenerateRequest:
-        """A request for prompts that stand at `first` and after in the call."""
+    def stream(self, feed: Feed, group_size: int, sampling: SamplingConfig, *, timeout_s: float) -> None:
+        """`generate` for prompts that come and groups that go one by one, until the feed has ended and all it gave is answered.
+
+        Raises:
+            Halted: by `halted` in another thread.
+            JobError: as `generate` does.
+        """
+        keeper, asks, deadline = self._kept(), list[Ask](), time.monotonic() + timeout_s
+        with self._lock:
+            load = Load(0, group_size, self._version, _samples_held(self._resources))
+            work: Dispatcher[Sample] = Dispatcher(load)
+
+            def answered(life: Life, index: int, groups: list[tuple[Sample, ...]]) -> None:
+                nonlocal deadline
+                if self._answered(work, life, index, groups):
+                    feed.put(asks[index], groups[0])
+                    deadline = time.monotonic() + timeout_s
+
+            with keeper.losses_to(lambda life, blame: self._counts.update(redispatched=work.lost(life, blame=blame))):
+                deadline = time.monotonic() + timeout_s
+                while True:
+                    # Asked before `take`: what comes in between is taken in the next round.
+                    ended = feed.ended
+                    if not (taken := feed.take()) and work.done:
+                        if ended:
+                            break
+                        deadline = time.monotonic() + timeout_s
+                    self._check_lengths([ask.prompt for ask in taken], sampling.max_tokens)
+                    asks += taken
+                    work.add(len(taken))
+                    for life, index in work.assign(keeper.lives(State.READY)):
+                        request = self._request([asks[index]], group_size, sampling)
+                        keeper.call(life, "generate", request, done=partial(answered, life, index), late_too=True)
+                    left_s = max(0.0, deadline - time.monotonic())
+                    keeper.pump(left_s if ended else min(_FEED_S, left_s))
+                    self._check_progress(work, load, deadline, timeout_s)
+        self._tell_cut(work)
+
+    @contextmanager
+    def halted(self) -> Iterator[None]:
+        """Calls in other threads that sample end with `Halted` within about a second, whatever is under way."""
+        self._halted.set()
+        try:
+            yield
+        finally:
+            self._halted.clear()
+
+    def _request(self, asks: Sequence[Ask], group_size: int, sampling: SamplingConfig) -> GenerateRequest:
         return GenerateRequest(
-            prompts=tuple(prompt.prompt_ids for prompt in prompts),
-            seeds=tuple(prompt_seed(job.seed, first + i) for i in range(len(prompts))),
-            group_size=job.group_size,
-            sampling=job.sampling,
+            prompts=tuple(ask.prompt.prompt_ids for ask in asks),
+            seeds=tuple(ask.seed for ask in asks),
+            group_size=group_size,
+            sampling=sampling,
             version=self._version,
             sample_timeout_s=self._resources.sample_timeout_s,
         )
 
-    def _answered(self, work: Dispatcher[Sample], life: Life, index: int, groups: list[tuple[Sample, ...]]) -> None:
+    def _answered(self, work: Dispatcher[Sample], life: Life, index: int, groups: list[tuple[Sample, ...]]) -> bool:
+        """Whether the answer counts."""
         verdict = work.answer(life, index, groups[0])
         if verdict != "taken":
             self._counts[verdict] += 1
         if verdict == "wrong_version":
             self._kept().lose(life, f"answered with other weights than version {self._version}")
+        return verdict == "taken"
 
     def _check_progress(self, work: Dispatcher[Sample], load: Load, deadline: float, timeout_s: float) -> None:
         keeper = self._kept()
+        if self._halted.is_set():
+            raise Halted
         if work.done:
             return
         if not keeper.lives(State.READY) and not keeper.coming():
+            if stale := keeper.lives(State.STALE):
+                raise WorkerDied(
+                    f"expected an engine that serves, no engine holds verified weights: {', '.join(map(str, stale))} wait for "
+                    "the next sync. With rollout.sync.transport 'files' engines that come late get theirs in between"
+                )
             raise _nobody_left(keeper)
         if time.monotonic() > deadline:
             late = ", ".join(f"{life} still samples {count}" for life, count in sorted(work.running().items()))
             raise PhaseTimeout(
-                f"expected {load.prompts} prompts x {load.group_size} samples within {timeout_s:.0f} s, {late or 'none serves'}"
+                f"expected {work.missing} prompts x {load.group_size} samples within {timeout_s:.0f} s, {late or 'none serves'}"
                 "; add rollout workers, lower max_tokens or prompts_per_iteration"
+            )
+
+    def _tell_cut(self, work: Dispatcher[Sample]) -> None:
+        """Count and report the samples that ended at their wall time."""
+        cut = sum(sample.timed_out for samples in work.results() for sample in samples)
+        if cut:
+            self._counts["timed_out"] += cut
+            limit_s = self._resources.sample_timeout_s
+            self._event(
+                "samples_timed_out", f"{cut} samples ran longer than {limit_s:g} s and end where they were", samples=cut
             )
 
     # ------------------------------------------------------------------------------------------- weight sync
@@ -240,39 +304,52 @@ class RolloutFleet:
                 keeper.drop_unjudged()
                 keeper.held = False
 
-    def load_weights(self, folder: str, version: int, *, timeout_s: float) -> list[int]:
-        """Load the safetensors of `folder` into every engine that lives; inside `exclusive`. Returns those that did it in time,
-        at least one; `judge` lets them serve.
+    def load_weights(self, load: WeightLoad, *, timeout_s: float) -> dict[int, int]:
+        """Load weights into every engine that lives; inside `exclusive`. Returns the version that each holds which did it in
+        time, at least one; `judge` lets them serve.
 
         Raises:
-            WorkerDied: no engine is left.
+            NoneLeft: no engine is left.
+            PhaseTimeout: the trainers did not send them in time.
         """
         keeper = self._kept()
-        self._version = version
+        self._version = load.version
         while True:
-            loaded = self._load(keeper.lives(State.STALE, State.READY), folder, version, timeout_s)
-            if loaded:
-                return loaded
+            held = self._load(keeper.lives(State.STALE, State.READY), load, timeout_s)
+            if held:
+                return held
             if not keeper.coming():
                 raise _nobody_left(keeper)
             keeper.pump(timeout_s)
 
-    def load_weights_on(self, engines: Sequence[int], folder: str, version: int, *, timeout_s: float) -> list[int]:
+    def load_weights_on(self, engines: Sequence[int], load: WeightLoad, *, timeout_s: float) -> dict[int, int]:
         """The same for some engines; empty when all of them are gone."""
         lives = [life for life in self._kept().lives(State.STALE, State.READY) if life.engine in engines]
-        return self._load(lives, folder, version, timeout_s)
+        return self._load(lives, load, timeout_s)
 
-    def _load(self, lives: list[Life], folder: str, version: int, timeout_s: float) -> list[int]:
-        keeper, deadline = self._kept(), time.monotonic() + timeout_s
-        loaded: set[Life] = set()
+    def _load(self, lives: list[Life], load: WeightLoad, timeout_s: float) -> dict[int, int]:
+        keeper = self._kept()
         for life in lives:
-            keeper.load(life, folder, version, partial(loaded.add, life))
-        while missing := [life for life in lives if life not in loaded and keeper.alive(life)]:
+            keeper.begin_load(life)
+        if lives and load.send is not None:
+            try:
+                load.send([keeper.target(life) for life in lives])
+            except WeightSendFailed as error:
+                # Whatever the others hold now is unknown too, and one that still receives would not hear of the end.
+                for life in lives:
+                    keeper.lose(life, error.message, Event.SYNC_FAILED)
+                return {}
+        held: dict[Life, int] = {}
+        for life in lives:
+            keeper.load(life, load, partial(held.__setitem__, life))
+        deadline = time.monotonic() + timeout_s
+        while missing := [life for life in lives if life not in held and keeper.alive(life)]:
             keeper.pump(max(0.0, deadline - time.monotonic()))
             if time.monotonic() > deadline:
                 for life in missing:
-                    keeper.lose(life, f"weights {version} were not loaded within {timeout_s:.0f} s", Event.SYNC_FAILED)
-        return [life.engine for life in lives if keeper.alive(life)]
+                    cause = f"phase load: weights {load.version} were not there within {timeout_s:g} s"
+                    keeper.lose(life, cause, Event.SYNC_FAILED)
+        return {life.engine: held[life] for life in lives if keeper.alive(life)}
 
     def generate_on(
         self, engines: Sequence[int], prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, *, timeout_s: float
@@ -293,12 +370,12 @@ class RolloutFleet:
             keeper.pump(max(0.0, deadline - time.monotonic()))
             if time.monotonic() > deadline:
                 for life in missing:
-                    keeper.lose(life, f"the probe was not sampled within {timeout_s:.0f} s")
+                    keeper.lose(life, f"phase probe: it was not sampled within {timeout_s:g} s")
         return {engine: samples for engine, samples in drawn.items() if keeper.states().get(engine) is State.SYNCING}
 
     def probe_request(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> GenerateRequest:
         """The request that `generate_on` makes."""
-        return self._request(prompts, 0, _Job(1, sampling, seed))
+        return self._request(_asks(prompts, seed), 1, sampling)
 
     def judge(self, engine: int, *, agrees: bool) -> None:
         """Say how the probe of an engine with loaded weights went: it serves, or waits for another load, unless it has died."""
@@ -307,7 +384,7 @@ class RolloutFleet:
                 self._kept().judge(life, agrees=agrees)
 
     def keep(self, refit: Refit) -> None:
-        """How engines that come late are brought to the current weights. The fleet removes the folder in its time."""
+        """How engines that come late are brought to the current weights, from a folder that the fleet removes in its time."""
         self._kept().refit = refit
 
     def close(self) -> None:
@@ -322,7 +399,8 @@ class RolloutFleet:
     def _forget(self) -> None:
         keeper = self._keeper
         if keeper is not None and keeper.refit is not None:
-            shutil.rmtree(keeper.refit.folder, ignore_errors=True)
+            assert keeper.refit.load.folder is not None
+            shutil.rmtree(keeper.refit.load.folder, ignore_errors=True)
             keeper.refit = None
 
     def _tend(self) -> None:
@@ -350,8 +428,8 @@ class RolloutFleet:
             )
 
 
-def _nobody_left(keeper: Keeper) -> WorkerDied:
-    return WorkerDied(
+def _nobody_left(keeper: Keeper) -> NoneLeft:
+    return NoneLeft(
         f"expected an engine that serves, none does and none can come back: {keeper.causes()}. Look at the engines' lines in "
         "the job's log, then raise rollout.restarts only if the cause is gone"
     )

@@ -20,6 +20,7 @@ from services.errors import JobError, ModelError, ResourceError, WorkerDied
 from services.placement import reserve_member
 from services.rollout.dispatch import Life
 from services.rollout.health import EngineHealth, Event, HealthLimits, State
+from services.rollout.transport import Target, WeightLoad
 from services.rollout.worker import GenerateRequest, RolloutSetup
 
 _ROUND_S = 1.0
@@ -37,8 +38,7 @@ class EventSink(Protocol):
 class Refit:
     """How an engine that comes late gets the current weights without the trainer: what to load, and how to tell it worked."""
 
-    folder: str
-    version: int
+    load: WeightLoad
     request: GenerateRequest
     mismatch: Callable[[list[tuple[Sample, ...]]], str | None]
     """What is wrong with an engine that answers the request so; None when nothing is."""
@@ -88,7 +88,8 @@ class Keeper:
 
     def engines(self) -> list[int]:
         """Engines that were not removed."""
-        return [engine for engine, member in self._members.items() if not member.health.removed]
+        # A copy, since any thread may ask while this one adds engines.
+        return [engine for engine, member in list(self._members.items()) if not member.health.removed]
 
     def states(self) -> dict[int, State]:
         """State of every engine that was not removed."""
@@ -120,15 +121,22 @@ class Keeper:
         """Call an engine; `pump` runs `done` on the answer, after the engine was given up only if `late_too`."""
         self._calls[self._group.start(life.engine, method, *args)] = _Call(life, method, done, late_too)
 
-    def load(self, life: Life, folder: str, version: int, then: Callable[[], None]) -> None:
-        """Load weights into an engine, then call `then`."""
-
-        def loaded(_: Any) -> None:
-            self._members[life.engine].health.apply(Event.SYNC_DONE)
-            then()
-
+    def begin_load(self, life: Life) -> None:
+        """The weights of an engine are about to change; `load` or `drop_unjudged` follows."""
         self._members[life.engine].health.apply(Event.SYNC_BEGUN)
-        self.call(life, "load_weights", folder, version, done=loaded)
+
+    def load(self, life: Life, load: WeightLoad, then: Callable[[int], None]) -> None:
+        """Let an engine load, then call `then` with the version that it holds."""
+
+        def loaded(held: int) -> None:
+            self._members[life.engine].health.apply(Event.SYNC_DONE)
+            then(held)
+
+        self.call(life, load.method, *load.args, done=loaded)
+
+    def target(self, life: Life) -> Target:
+        """The engine as trainers reach it."""
+        return Target(str(life), self._group.actors[life.engine], self._setup.resources.tensor_parallel)
 
     def judge(self, life: Life, *, agrees: bool) -> None:
         """Take note of how an engine's probe after a load went; it serves when it agrees."""
@@ -186,11 +194,15 @@ class Keeper:
         self._check_deadlines()
 
     def confirm(self) -> None:
-        """Return when every engine has just answered, is being built, or was given up; none is in the middle of a refit."""
+        """Return when every engine has just answered, is being built, or was given up; none is in the middle of a refit, and
+        none samples any more for a call that was broken off."""
         for life in self.lives(State.STALE, State.READY):
             self._ask(life)
-        while any(m.health.owes or m.health.state is State.SYNCING for m in self._members.values()):
+        while self._sampling() or any(m.health.owes or m.health.state is State.SYNCING for m in self._members.values()):
             self.pump(_ROUND_S)
+
+    def _sampling(self) -> bool:
+        return any(call.method == "generate" and self.alive(call.life) for call in self._calls.values())
 
     def lose(self, life: Life, cause: str, event: Event = Event.KILLED) -> None:
         """Give up a process of an engine and end it; nothing happens if it was given up before."""
@@ -271,11 +283,18 @@ class Keeper:
             if mismatch is not None:
                 member = self._members[life.engine]
                 member.failed_probes += 1
-                self._event("engine_mismatch", f"{life} with weights {refit.version}: {mismatch}", engine=life.engine)
+                self._event("engine_mismatch", f"{life} with weights {refit.load.version}: {mismatch}", engine=life.engine)
                 if member.failed_probes > 1:
-                    self.lose(life, f"two loads of weights {refit.version} failed the probe, {mismatch}")
+                    self.lose(life, f"two loads of weights {refit.load.version} failed the probe, {mismatch}")
 
-        self.load(life, refit.folder, refit.version, lambda: self.call(life, "generate", refit.request, done=probed))
+        def loaded(held: int) -> None:
+            if held == refit.load.version:
+                self.call(life, "generate", refit.request, done=probed)
+            else:
+                self.lose(life, f"holds weights {held} after loading weights {refit.load.version}")
+
+        self.begin_load(life)
+        self.load(life, refit.load, loaded)
 
     # --------------------------------------------------------------------------------------- coming and going
 

@@ -6,7 +6,7 @@ import importlib
 import multiprocessing
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sedsft.config import Precision, SamplingConfig
 from sedsft.records import Sample
@@ -45,7 +45,7 @@ class RolloutWorker:
     def __init__(self, index: int) -> None:
         self._index = index
         self._engine: Engine | None = None
-        self._version = 0
+        self._version: int | None = 0
         self._running = 0
 
     async def start(self, setup: RolloutSetup) -> int:
@@ -66,8 +66,8 @@ class RolloutWorker:
         """
         if request.version != self._version:
             raise WeightSyncMismatch(
-                f"expected rollout-{self._index} to sample with weight version {request.version}, it is at {self._version}; "
-                "load that version first"
+                f"expected rollout-{self._index} to sample with weight version {request.version}, it "
+                f"{'holds none' if self._version is None else f'is at {self._version}'}; load that version first"
             )
         self._running += 1
         try:
@@ -75,14 +75,45 @@ class RolloutWorker:
         finally:
             self._running -= 1
 
-    async def load_weights(self, folder: str, version: int) -> None:
-        """Replace the weights by the safetensors in `folder` and call them `version`."""
+    async def load_weights(self, folder: str, version: int) -> int:
+        """Replace the weights by the safetensors in `folder`, the weights `version`; returns the version held then."""
+        self._hold_none()
+        self._version = await self._started().load_weights(folder, version)
+        return self._version
+
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """Meet trainers that will send weights; `init_info` is that of vLLM's transfer engine."""
+        await self._started().init_transfer(init_info)
+
+    async def start_update(self) -> None:
+        """Trainers begin to send. Until `held_version` has been asked behind the end, nothing is sampled."""
+        self._hold_none()
+        await self._started().start_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive what trainers send."""
+        await self._started().update_weights(update_info)
+
+    async def finish_update(self, version: int) -> None:
+        """Trainers have sent all of `version`."""
+        await self._started().finish_update(version)
+
+    async def held_version(self) -> int:
+        """Version of the weights that the engine's own processes say they hold; from here on it samples with it."""
+        self._version = await self._started().held_version()
+        return self._version
+
+    def _hold_none(self) -> None:
+        """Hold no version while weights change.
+
+        Raises:
+            RuntimeError: it samples just now.
+        """
         if self._running:
             raise RuntimeError(
                 f"expected an idle engine for a weight load, {self._running} calls are sampling; await them first"
             )
-        await self._started().load_weights(folder)
-        self._version = version
+        self._version = None
 
     async def heartbeat(self) -> None:
         """Answer when the engine's own loop does, between two of its steps.

@@ -5,7 +5,7 @@ An adapted layer computes W x + scale * B A x with scale = alpha / rank. Shape s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,18 +51,37 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
 def merged_state(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dictionary of the plain model that computes what `model`, with its adapters and the weights `state`, does.
 
-        W_OI + scale * B_OR A_RI     in fp32, then rounded to the dtype of W
-
     `state` and the model are left as they are.
     """
-    merged = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if not _is_adapter(name)}
-    for name, layer in _adapted(model).items():
-        weight = merged[f"{name}.weight"]
-        a_RI, b_OR = (state[f"{name}.{part}.{_NAME}.weight"].float() for part in ("lora_A", "lora_B"))
-        delta = layer.scaling[_NAME] * (b_OR @ a_RI)
-        # GPT-2's layers keep [I, O].
-        merged[f"{name}.weight"] = (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
-    return merged
+    return {name: merged(model, name, [state[part] for part in parts]) for name, parts in plain_parts(model, state).items()}
+
+
+def plain_parts(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Every tensor of the plain model with those among `names` that make it: itself, or W, A and B of an adapted layer."""
+    adapted = {f"{name}.base_layer.weight": name for name in _adapted(model)}
+
+    def parts(name: str) -> tuple[str, ...]:
+        if name not in adapted:
+            return (name,)
+        return name, *(f"{adapted[name]}.{part}.{_NAME}.weight" for part in ("lora_A", "lora_B"))
+
+    return {name.replace(".base_layer.", "."): parts(name) for name in names if not _is_adapter(name)}
+
+
+@torch.no_grad()
+def merged(model: PreTrainedModel, name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tensor `name` of the plain model from its parts, one or three: itself, or
+
+    W_OI + scale * B_OR A_RI     in fp32, then rounded to the dtype of W
+    """
+    if len(parts) == 1:
+        return parts[0]
+    weight, a_RI, b_OR = parts
+    layer = model.get_submodule(name.removesuffix(".weight"))
+    delta = layer.scaling[_NAME] * (b_OR.float() @ a_RI.float())
+    # GPT-2's layers keep [I, O].
+    sum_OI: torch.Tensor = weight.float() + (delta.T if layer.fan_in_fan_out else delta)
+    return sum_OI.to(weight.dtype)
 
 
 def save_adapters(model: PreTrainedModel, state: Mapping[str, torch.Tensor], folder: Path) -> None:

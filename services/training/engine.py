@@ -34,10 +34,12 @@ from transformers.utils.logging import disable_progress_bar
 from sedsft.config import AdamWConfig, LoRAConfig, Precision
 from sedsft.data.batching import MicroBatch
 from sedsft.data.chat import load_tokenizer
+from services.buckets import fill_buckets
 from services.checkpoints import FileRecord, is_state_file, on_disk, state_file
 from services.errors import CheckpointInvalid
 from services.training.adapters import ADAPTER_FOLDER, add_adapters, merged_state, save_adapters
 from services.training.attention import prepare_packing, row_options
+from services.training.export import WeightExport
 from services.training.host_memory import release_free_memory
 from services.training.model import LinearHead, linear_head, open_model
 from services.training.ranks import RankSetup
@@ -250,12 +252,27 @@ class TrainEngine:
             raise CheckpointInvalid(f"expected the trainer state {path}, it is missing; use a checkpoint of a training run")
         self.load_state_tensors(load_file(path))
 
-    def export_weights(self, folder: Path) -> None:
+    def weight_export(self, bucket_bytes: int) -> WeightExport:
+        """The weights as they change, adapters merged, so many bytes of parameters gathered at a time. Not collective."""
+        return WeightExport(self._model, self._whole, bucket_bytes)
+
+    def export_weights(self, folder: Path, bucket_bytes: int) -> None:
         """Write weights and config only, for samplers that already have the tokenizer. Rank 0 writes."""
-        weights = self._full_state()
-        if self.setup.ranks.rank == 0:
-            self._save_weights(folder, weights)
+        export = self.weight_export(bucket_bytes)
+        if export.as_in_files():
+            export.write(folder, here=self.setup.ranks.rank == 0)
+        else:
+            weights = self._full_state()
+            if self.setup.ranks.rank == 0:
+                self._save_weights(folder, weights)
         dist.barrier()
+
+    def _whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Within it, `parameters` are whole on every rank. Collective under ZeRO-3."""
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            list(parameters), enabled=self.setup.zero_stage == 3
+        )
+        return gathered
 
     def close(self) -> None:
         """Free the model and everything DeepSpeed made of it; the engine cannot be used any more. Not collective."""
@@ -287,7 +304,7 @@ class TrainEngine:
         """
         state = {}
         for name, parameter in self._model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.setup.zero_stage == 3):
+            with self._whole([parameter]):
                 if self.setup.ranks.rank == 0:
                     state[name] = parameter.detach().to("cpu", copy=True)
         if self.setup.ranks.rank == 0:
@@ -316,21 +333,9 @@ def _adamw(module: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     for decayed in (True, False):
         parameters = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
         weight_decay = config.weight_decay if decayed else 0.0
-        groups += [{"params": chosen, "weight_decay": weight_decay} for chosen in _parts(parameters, _GROUP_ELEMENTS)]
+        parts = fill_buckets([parameter.numel() for parameter in parameters], _GROUP_ELEMENTS)
+        groups += [{"params": parameters[part.start : part.stop], "weight_decay": weight_decay} for part in parts]
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
-
-
-def _parts(parameters: Sequence[nn.Parameter], elements: int) -> list[list[nn.Parameter]]:
-    """Consecutive `parameters` in lists of at most `elements` elements; a larger one stands alone."""
-    parts: list[list[nn.Parameter]] = []
-    room = 0
-    for parameter in parameters:
-        if parameter.numel() > room:
-            parts.append([])
-            room = elements
-        parts[-1].append(parameter)
-        room -= parameter.numel()
-    return parts
 
 
 def _deepspeed_config(setup: EngineSetup, model: PreTrainedModel) -> dict[str, Any]:

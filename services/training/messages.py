@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from sedsft.config import GRPOConfig, SFTConfig
+from services.buckets import WeightStream
 from services.training.ranks import RankSetup
 
 
@@ -28,6 +30,24 @@ class PolicySetup:
     config: GRPOConfig
     zero_stage: int
     total_steps: int
+
+
+class WeightSender(Protocol):
+    """A rank's end of a transfer of weights to engines; the room of the engines knows how."""
+
+    def send(self, targets: Any, version: int) -> None:
+        """Send the weights of now. Collective."""
+
+
+class SenderSetup(Protocol):
+    """How a `WeightSender` is opened on a rank."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes that are gathered and sent at a time."""
+
+    def open(self, rank: int, weights: WeightStream) -> WeightSender:
+        """The end of `rank`, which reads `weights`."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,9 @@ from sedsft.data.batching import (
 from sedsft.head import IGNORED_LABEL, HeadOutput, linear_objective_loss, token_statistics
 from sedsft.objectives import PolicyObjective, k3_divergence, truncated_weight
 from sedsft.records import PolicyRow
-from services.errors import TrainingDiverged
-from services.training.messages import PolicySetup
+from services.errors import ModelError, TrainingDiverged
+from services.training.export import DEFAULT_BUCKET_BYTES
+from services.training.messages import PolicySetup, SenderSetup, WeightSender
 from services.training.model import LinearHead
 from services.training.saving_rank import SavingRank
 
@@ -33,6 +35,8 @@ class PolicyWorker(SavingRank):
 
     Its process needs `ranks.trainer_env`. Log-probabilities are taken at the sampling temperature throughout.
     """
+
+    _sender: WeightSender | None = None
 
     def setup(self, setup: PolicySetup) -> None:
         """Join the other ranks and open the model."""
@@ -52,6 +56,7 @@ class PolicyWorker(SavingRank):
                 ranks=setup.ranks,
                 longest_row=config.max_prompt_tokens + config.max_tokens if config.pack_tokens is not None else None,
                 keep_start=config.kl_weight > 0,
+                lora=config.lora,
             )
         )
 
@@ -117,9 +122,35 @@ class PolicyWorker(SavingRank):
             per_row.update(zip(batch.rows, labelled_values(batch, log_prob_N), strict=True))
         return [per_row[row] for row in range(len(sequences))]
 
-    def export_weights(self, folder: Path) -> None:
-        """Write weights and config for the samplers; rank 0 writes, `folder` is complete when all ranks have returned."""
-        self._engine.export_weights(folder)
+    def export_weights(self, folder: Path, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+        """Write weights and config for the samplers, one file a bucket; rank 0 writes, `folder` is complete when all ranks have
+        returned."""
+        self._engine.export_weights(folder, bucket_bytes)
+
+    def open_sender(self, setup: SenderSetup) -> None:
+        """Make ready to send weights to engines, unless it was done before.
+
+        Raises:
+            ModelError: files of this architecture keep other tensors than the model does, so an engine would not know these.
+        """
+        if self._sender is not None:
+            return
+        export = self._engine.weight_export(setup.bucket_bytes)
+        if not export.as_in_files():
+            raise ModelError(
+                "expected a model whose files keep its tensors as they are, this architecture splits or renames them; set "
+                "rollout.sync.transport to 'files'"
+            )
+        self._sender = setup.open(self._engine.setup.ranks.rank, export)
+
+    def send_weights(self, targets: Any, version: int) -> None:
+        """Send the weights of now to engines, as `version`.
+
+        Raises:
+            WeightSendFailed: they did not arrive; what these engines hold now is unknown.
+        """
+        assert self._sender is not None, "expected open_sender first"
+        self._sender.send(targets, version)
 
 
 def policy_objective(config: GRPOConfig, batch: PolicyMicroBatch) -> PolicyObjective:

@@ -72,6 +72,24 @@ def test_dry_run_stores_nothing(sedsft: Command, spec_file: str) -> None:
     assert json.loads(sedsft("jobs", "--json")[1]) == []
 
 
+def test_resize(sedsft: Command, tmp_path: Path, pipeline_job: dict[str, Any], cluster: Any) -> None:
+    spec = tmp_path / "rl.json"
+    spec.write_text(json.dumps(pipeline_job))
+    job_id = json.loads(sedsft("submit", str(spec), "--json")[1])["id"]
+    code, _, err = sedsft("resize", job_id, "--rollout-workers", "2")
+    assert code == 1
+    assert "no_rl_stage" in err
+    while not cluster.submitted:
+        time.sleep(0.01)
+    writer = RunWriter(cluster.submitted[0].folder)
+    writer.status(Progress("rl", 1, 3, "rollout", 1, 2, engines={"wanted": 1, "alive": 1, "ready": 0}))
+    while (answer := sedsft("resize", job_id, "--rollout-workers", "2"))[0]:
+        time.sleep(0.02)
+    assert answer[1] == "2 rollout workers wanted; 1 live, 0 serve now\n"
+    assert json.loads(sedsft("show", job_id, "--json")[1])["rollout"]["wanted"] == 2
+    writer.close()
+
+
 def test_submit_show_cancel(sedsft: Command, spec_file: str, cluster: Any) -> None:
     job = json.loads(sedsft("submit", spec_file, "--json")[1])
     assert job["id"] in json.dumps(json.loads(sedsft("jobs", "--json")[1]))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from api.backends.base import Observation
 from api.settings import Settings
-from services.rundir import CheckpointRecord, Progress, Result, RunWriter, StatusReason
+from services.rundir import CheckpointRecord, Control, Progress, Result, RunWriter, StatusReason, read_control
 
 Json = dict[str, Any]
 
@@ -42,6 +43,7 @@ def problem(response: Any, status: int, code: str) -> Json:
         ("POST", "/v1/jobs"),
         ("GET", "/v1/jobs"),
         ("GET", "/v1/jobs/x"),
+        ("PATCH", "/v1/jobs/x"),
         ("POST", "/v1/jobs/x/cancel"),
         ("GET", "/v1/jobs/x/events"),
         ("GET", "/v1/jobs/x/logs"),
@@ -65,7 +67,7 @@ def test_every_route_needs_the_key(anonymous: TestClient, method: str, path: str
 
 def test_all_v1_routes_are_in_the_list_above(anonymous: TestClient) -> None:
     paths = anonymous.get("/openapi.json").json()["paths"]
-    assert sum(len(methods) for path, methods in paths.items() if path.startswith("/v1/")) == 15
+    assert sum(len(methods) for path, methods in paths.items() if path.startswith("/v1/")) == 16
     assert {path for path in paths if not path.startswith("/v1/")} == {"/healthz", "/readyz"}
 
 
@@ -309,6 +311,88 @@ def test_cancel(client: TestClient, sft_job: Json, cluster: Any) -> None:
     assert job["status_reason"] == {"code": "cancelled_by_user", "message": "cancelled on request"}
     assert client.post(f"/v1/jobs/{job_id}/cancel").status_code == 202
     problem(client.post("/v1/jobs/job_x/cancel"), 404, "not_found")
+
+
+def workers(count: Any) -> Json:
+    return {"rollout": {"workers": count}}
+
+
+def test_engines_are_added_and_removed_while_rl_is_under_way(client: TestClient, pipeline_job: Json, cluster: Any) -> None:
+    """The rl stage has a trainer, an engine and a scorer of a core each; the cluster has 4 cores."""
+    url = "/v1/jobs/" + client.post("/v1/jobs", json=pipeline_job).json()["id"]
+    problem(client.patch(url, json=workers(2)), 409, "no_rl_stage")
+    wait_for(client, url.rpartition("/")[2], "provisioning")
+    writer = RunWriter(cluster.submitted[0].folder)
+    writer.status(Progress("sft", 0, 3, "training", 1, 2))
+    assert wait_for(client, url.rpartition("/")[2], "running")["rollout"] is None
+    assert "stage 'sft'" in problem(client.patch(url, json=workers(2)), 409, "no_rl_stage")["detail"]
+
+    counts = {"wanted": 1, "alive": 1, "ready": 1}
+    deadline = time.monotonic() + 5
+    while client.get(url).json()["rollout"] != counts:
+        writer.status(Progress("rl", 1, 3, "rollout", 1, 2, engines=counts))
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    changed = client.patch(url, json=workers(2))
+    assert changed.status_code == 202
+    assert changed.json()["rollout"] == {"wanted": 2, "alive": 1, "ready": 1}
+    assert changed.json()["plan"]["peak"] == {"cpus": 4.0, "gpus": 0}
+    assert changed.json()["spec"]["stages"][1] == client.get(url).json()["spec"]["stages"][1]
+    # Asked again, nothing more is wanted.
+    assert client.patch(url, json=workers(2)).status_code == 202
+    while read_control(writer.folder) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert read_control(writer.folder) == Control(1, "rl", 2)
+    assert [e["kind"] for e in client.get(url + "/events").json()["data"]].count("resize_requested") == 1
+
+    [error] = problem(client.patch(url, json=workers(3)), 422, "invalid_request")["errors"]
+    assert error["pointer"] == "/rollout/workers"
+    assert "expected at most the cluster's 4 CPU" in error["message"]
+    for body in (
+        workers(0),
+        workers(-1),
+        workers("many"),
+        workers(1.5),
+        {},
+        {"rollout": {}},
+        {"rollout": {"cpus": 1}},
+        {"x": 1},
+    ):
+        problem(client.patch(url, json=body), 422, "invalid_request")
+    assert client.get(url).json()["rollout"]["wanted"] == 2
+    cluster.reachable = False
+    deadline = time.monotonic() + 5
+    while client.patch(url, json=workers(1)).status_code != 503:
+        assert time.monotonic() < deadline
+    cluster.reachable = True
+
+    writer.result(Result("succeeded"))
+    ended = wait_for(client, url.rpartition("/")[2], "succeeded")
+    assert ended["rollout"] is None
+    problem(client.patch(url, json=workers(1)), 409, "no_rl_stage")
+    problem(client.patch("/v1/jobs/job_x", json=workers(1)), 404, "not_found")
+    writer.close()
+
+
+def test_a_step_that_was_done_again_has_the_figures_of_the_last_time(client: TestClient, sft_job: Json, cluster: Any) -> None:
+    """The driver of the first attempt dies behind step 3, the second goes on from the checkpoint of step 1."""
+    job_id = client.post("/v1/jobs", json=sft_job).json()["id"]
+    wait_for(client, job_id, "provisioning")
+    for number, steps, loss in ((1, (1, 2, 3), 1.0), (2, (2, 3, 4), 0.5)):
+        deadline = time.monotonic() + 5
+        while len(cluster.submitted) < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        writer = RunWriter(cluster.submitted[-1].folder)
+        for step in steps:
+            writer.metrics("sft", step, {"loss": loss})
+        writer.close()
+        cluster.runs[cluster.submitted[-1].name] = Observation("ended", "exit code -9")
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    assert job["attempt"] >= 2
+    points = client.get(f"/v1/jobs/{job_id}/metrics").json()["data"]
+    assert [(point["step"], point["values"]["loss"]) for point in points] == [(1, 1.0), (2, 0.5), (3, 0.5), (4, 0.5)]
 
 
 def test_openapi_documents_fields_and_problems(anonymous: TestClient) -> None:

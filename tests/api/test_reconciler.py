@@ -15,9 +15,9 @@ from api.db import Database
 from api.deployments.store import DeploymentStore
 from api.jobs.store import AttemptRow, JobRow, JobStore, NewJob
 from api.reconciler import MAX_SUBMITS, Reconciler, Timing
-from services.rundir import CheckpointRecord, Progress, Result, RunWriter, StatusReason
+from services.rundir import CheckpointRecord, Control, Progress, Result, RunWriter, StatusReason, read_control
 
-NEW = NewJob("n", "sft", {"type": "sft"}, {}, {"peak": {"cpus": 1.0, "gpus": 0}}, 60, 1)
+NEW = NewJob("n", "sft", {"type": "sft", "recovery": {"restarts": 0}}, {}, {"peak": {"cpus": 1.0, "gpus": 0}}, 60, 1)
 
 
 class Bench:
@@ -52,15 +52,15 @@ class Bench:
         assert found is not None
         return found
 
-    def attempt(self, job: JobRow) -> AttemptRow:
+    def attempt(self, job: JobRow, number: int = 1) -> AttemptRow:
         with self.database.read() as session:
-            return session.get_one(AttemptRow, (job.id, 1))
+            return session.get_one(AttemptRow, (job.id, number))
 
-    def run(self, job: JobRow) -> str:
-        return self.attempt(job).run_name
+    def run(self, job: JobRow, number: int = 1) -> str:
+        return self.attempt(job, number).run_name
 
-    def writer(self, job: JobRow) -> RunWriter:
-        return RunWriter(self.runs / job.id / "attempt-1")
+    def writer(self, job: JobRow, number: int = 1) -> RunWriter:
+        return RunWriter(self.runs / job.id / f"attempt-{number}")
 
     def started(self, **changes: Any) -> JobRow:
         """A job that runs and has shown a heartbeat."""
@@ -363,3 +363,102 @@ def test_a_round_survives_a_broken_database(bench: Bench, monkeypatch: Any) -> N
     monkeypatch.setattr(bench.jobs, "active", lambda: 1 / 0)
     bench.rounds(2)
     assert bench.reconciler.last_round_at is not None
+
+
+def spec(**recovery: int) -> dict[str, Any]:
+    return {"type": "sft", "recovery": recovery}
+
+
+def dies(bench: Bench, job: JobRow, number: int, completed: int) -> None:
+    """The attempt comes as far as that, then its driver is gone."""
+    bench.rounds()
+    bench.cluster.runs[bench.run(job, number)] = Observation("running")
+    bench.writer(job, number).status(Progress("sft", 0, 1, "training", completed + 1, 9, completed=completed))
+    bench.rounds()
+    assert (bench.job(job).status, bench.job(job).attempt) == ("running", number)
+    bench.cluster.runs[bench.run(job, number)] = Observation("ended", "exit code -9")
+    bench.rounds()
+
+
+def test_a_dead_driver_is_followed_by_a_new_attempt_as_often_as_the_budget_says(bench: Bench) -> None:
+    job = bench.submit(spec=spec(restarts=2))
+    dies(bench, job, 1, completed=3)
+    assert (bench.job(job).status, bench.job(job).attempt) == ("queued", 2)
+    assert bench.attempt(job).cleaned
+    dies(bench, job, 2, completed=5)
+    dies(bench, job, 3, completed=7)
+    end = bench.job(job)
+    assert (end.status, end.reason_code, end.attempt) == ("failed", "driver_died", 3)
+    assert "recovery.restarts=2 are used up" in (end.reason_message or "")
+    assert [run.name for run in bench.cluster.submitted] == [bench.run(job, n) for n in (1, 2, 3)]
+    assert bench.kinds(job).count("attempt_started") == 2
+    # The clock of the deadline has run on.
+    running_s = [event.time for event in bench.jobs.events(job.id, 0, 99) if event.data.get("to") == "running"]
+    assert len(running_s) == 3
+    assert bench.job(job).started_at == pytest.approx(running_s[0], abs=0.1)
+
+
+def test_attempts_that_come_no_further_end_the_job(bench: Bench) -> None:
+    job = bench.submit(spec=spec(restarts=9, no_progress=2))
+    dies(bench, job, 1, completed=3)
+    dies(bench, job, 2, completed=3)
+    end = bench.job(job)
+    assert (end.status, end.reason_code, end.attempt) == ("failed", "driver_died", 2)
+    assert "no further than step 3" in (end.reason_message or "")
+
+
+def test_a_later_attempt_succeeds_and_the_job_with_it(bench: Bench) -> None:
+    job = bench.submit(spec=spec())
+    dies(bench, job, 1, completed=3)
+    bench.rounds()
+    bench.writer(job, 2).result(Result("succeeded"))
+    bench.rounds()
+    assert (bench.job(job).status, bench.job(job).attempt) == ("succeeded", 2)
+
+
+def test_a_silent_driver_is_stopped_before_another_one_starts(bench: Bench) -> None:
+    job = bench.started(spec=spec(restarts=1))
+    memory = bench.reconciler._memories[bench.run(job)]
+    assert memory.changed_at is not None
+    memory.changed_at -= 70
+    bench.rounds(3)
+    assert (bench.job(job).status, bench.job(job).attempt) == ("running", 1)
+    assert bench.cluster.stopped == [bench.run(job)]
+    assert bench.kinds(job).count("driver_silent") == 1
+    # It was only slow: what it says about its own end, which nobody wanted, is not the job's.
+    bench.writer(job).result(Result("cancelled", StatusReason("cancelled", "stopped on request")))
+    bench.rounds()
+    assert bench.job(job).attempt == 1
+    bench.cluster.runs[bench.run(job)] = Observation("ended", "stopped")
+    bench.rounds()
+    assert (bench.job(job).status, bench.job(job).attempt) == ("queued", 2)
+
+
+def test_a_silent_driver_that_cannot_be_stopped_ends_the_job(bench: Bench) -> None:
+    job = bench.started(spec=spec())
+    memory = bench.reconciler._memories[bench.run(job)]
+    assert memory.changed_at is not None
+    memory.changed_at -= 200
+    bench.rounds()
+    assert (bench.job(job).status, bench.job(job).reason_code) == ("failed", "heartbeat_lost")
+
+
+def test_a_cancelled_job_is_not_tried_again(bench: Bench) -> None:
+    job = bench.started(spec=spec())
+    bench.jobs.request_cancel(job.id)
+    bench.cluster.runs[bench.run(job)] = Observation("ended", "exit code -9")
+    bench.rounds()
+    assert (bench.job(job).status, bench.job(job).attempt) == ("cancelled", 1)
+
+
+def test_wanted_workers_reach_the_driver_and_the_one_after_it(bench: Bench) -> None:
+    job = bench.started(spec=spec())
+    for workers in (3, 3, 2):
+        bench.jobs.resize(job.id, "sft", workers, {"peak": {"cpus": float(workers), "gpus": 0}})
+    assert bench.kinds(job).count("resize_requested") == 2
+    bench.rounds()
+    assert read_control(bench.runs / job.id / "attempt-1") == Control(2, "sft", 2)
+    assert bench.job(job).resources["peak"]["cpus"] == 2
+    bench.cluster.runs[bench.run(job)] = Observation("ended", "exit code -9")
+    bench.rounds(3)
+    assert read_control(bench.runs / job.id / "attempt-2") == Control(2, "sft", 2)

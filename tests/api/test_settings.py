@@ -42,7 +42,7 @@ def test_from_the_environment(monkeypatch: Any, tmp_path: Path) -> None:
 def test_a_child_process_reads_the_same_settings(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
     settings = Settings(home=tmp_path / "h", port=1234, allowed_roots=(tmp_path,), heartbeat_timeout_s=7.0, serve_port=4321)
-    settings = settings.model_copy(update={"reward_hosts": ("judge", "judge:8000")})
+    settings = settings.model_copy(update={"reward_hosts": ("judge", "judge:8000"), "allow_reward_code": True})
     environment = child_environment(settings, "mark")
     assert "RAY_ADDRESS" not in environment
     for key, value in environment.items():

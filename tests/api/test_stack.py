@@ -79,7 +79,10 @@ def _job_that_cannot_train(client: Client, spec: dict[str, Any]) -> None:
 
 
 def _driver_that_is_killed(client: Client, stack: Stack, spec: dict[str, Any]) -> None:
-    job = client.submit(spec)
+    job = client.submit(spec | {"recovery": {"restarts": 1}})
+    driver = until(lambda: _driver_of(stack, job["id"]), 60)
+    driver.kill()
+    until(lambda: client.job(job["id"])["attempt"] == 2, 20)
     driver = until(lambda: _driver_of(stack, job["id"]), 60)
     driver.kill()
     killed_at = time.monotonic()

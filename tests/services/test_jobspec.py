@@ -87,8 +87,40 @@ def test_a_stage_can_only_start_from_an_earlier_trained_one() -> None:
     assert [ref.stage for stage in stages_of(spec) for ref in model_refs(stage)] == [None, "a"]
     with pytest.raises(ValidationError, match=r"stages\[0\] \('b'\): expected model.stage to name an earlier .* got 'a'"):
         JOB_SPEC.validate_python({"type": "pipeline", "stages": [second, first]})
+    gate = {"type": "gate", "candidates": [{"stage": "a"}, {"path": "/m"}], "gate": {"data": {"path": "/rl.jsonl"}}}
+    spec = JOB_SPEC.validate_python(
+        {"type": "pipeline", "stages": [first, gate, {**RL, "model": {"stage": "gate"}, "rollout": {}}]}
+    )
+    assert [ref.label for stage in stages_of(spec) for ref in model_refs(stage)] == ["/m", "a", "/m", "gate"]
+    with pytest.raises(ValidationError, match="expected candidates to differ, got 'a' twice"):
+        JOB_SPEC.validate_python({"type": "pipeline", "stages": [first, {**gate, "candidates": [{"stage": "a"}] * 2}]})
     with pytest.raises(ValidationError, match="names to differ"):
         JOB_SPEC.validate_python({"type": "pipeline", "stages": [first, first]})
+
+
+@pytest.mark.parametrize(
+    ("transport", "trainer_gpus", "engine_gpus", "outcome"),
+    [
+        ("auto", 0, 0, None),
+        ("auto", 1, 1, "nccl"),
+        ("auto", 0, 1, None),
+        ("files", 1, 1, None),
+        ("gloo", 0, 0, "gloo"),
+        ("nccl", 1, 1, "nccl"),
+        ("nccl", 0, 0, "expected rollout.gpus_per_worker of at least 1 with sync.transport='nccl', got 0"),
+        ("nccl", 0, 1, "expected trainer.gpus_per_worker of at least 1 with sync.transport='nccl', got 0"),
+        ("gloo", 0, 1, "expected rollout.gpus_per_worker=0 with sync.transport='gloo', got 1"),
+        ("gloo", 1, 0, "expected trainer.gpus_per_worker=0 with sync.transport='gloo', got 1"),
+    ],
+)
+def test_weights_travel_as_the_devices_allow(transport: str, trainer_gpus: int, engine_gpus: int, outcome: str | None) -> None:
+    rollout = {"gpus_per_worker": engine_gpus, "sync": {"transport": transport}}
+    spec = {**RL, "rollout": rollout, "trainer": {"gpus_per_worker": trainer_gpus}}
+    if outcome is not None and outcome.startswith("expected"):
+        with pytest.raises(ValidationError, match=outcome):
+            JOB_SPEC.validate_python(spec)
+    else:
+        assert JOB_SPEC.validate_python(spec).transfer_backend == outcome
 
 
 def test_a_spec_survives_json_and_cannot_be_changed() -> None:

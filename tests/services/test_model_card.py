@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from services.checkpoints import CheckpointInfo, installed_versions
-from services.jobspec import JOB_SPEC, JobSpec, stages_of
+from services.jobspec import JOB_SPEC, JobSpec, ModelRef, stages_of
 from services.model_card import CardFacts, base_model, model_card
 
 SFT: dict[str, Any] = {
@@ -92,6 +92,16 @@ def test_a_later_stage_names_the_model_that_the_first_began_with() -> None:
     assert ModelCard(text).data.tags == ["sedsft", "grpo"]
     assert "| clip_high | 0.28 |" in text
     assert "/srv" not in text
+
+
+def test_behind_a_gate_stand_the_models_of_all_candidates() -> None:
+    def base(candidates: list[dict[str, str]]) -> str:
+        gate = {"type": "gate", "candidates": candidates, "gate": {"data": {"path": "/rl.jsonl"}}}
+        spec = JOB_SPEC.validate_python({"type": "pipeline", "stages": [SFT, gate]})
+        return base_model(spec, ModelRef(stage="gate"))
+
+    assert base([{"stage": "sft"}, {"path": "/other/SmolLM2-135M"}]) == "SmolLM2-135M"
+    assert base([{"stage": "sft"}, {"path": "/other/Llama"}]) == "SmolLM2-135M or Llama"
 
 
 def test_a_name_that_is_none_on_the_hub_stays_out_of_the_front_matter() -> None:

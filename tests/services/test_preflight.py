@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from services.jobspec import JOB_SPEC, JobSpec, PipelineJob, SFTStage
-from services.preflight import SpecError, check_capacity, plan, resolve, resolve_model
+from sedsft.config import CodeReward
+from services.jobspec import JOB_SPEC, JobSpec, PipelineJob, RLStage, SFTStage
+from services.preflight import RewardRights, SpecError, check_capacity, plan, resolve, resolve_model
 
 
 @pytest.fixture
@@ -60,6 +62,36 @@ def pipeline() -> JobSpec:
     return JOB_SPEC.validate_python({"type": "pipeline", "stages": stages})
 
 
+def test_reward_code_needs_the_operator_and_is_pinned(root: Path) -> None:
+    """Refused by default; where it is allowed, the file's path and hash become part of the job."""
+    (root / "mine.py").write_text("def score(response, gold, data_source, response_tokens):\n    return 1.0\n")
+    code = {"type": "code", "path": "mine.py"}
+
+    def spec(**changes: object) -> JobSpec:
+        grpo = {"data": {"path": "rl.jsonl"}, "iterations": 1, "reward": {"components": [{"type": "answer"}, code | changes]}}
+        return JOB_SPEC.validate_python({"type": "rl", "model": {"path": "model"}, "grpo": grpo})
+
+    with pytest.raises(SpecError, match="start it with SEDSFT_ALLOW_REWARD_CODE=true") as refused:
+        resolve(spec(), [root])
+    assert [problem.pointer for problem in refused.value.problems] == ["/grpo/reward/components/1/path"]
+    allowed = RewardRights(code=True)
+    resolved = resolve(spec(), [root], rights=allowed)
+    assert isinstance(resolved, RLStage)
+    component = resolved.grpo.reward.components[1]
+    assert isinstance(component, CodeReward)
+    assert component.path == str(root / "mine.py")
+    assert component.sha256 == hashlib.sha256((root / "mine.py").read_bytes()).hexdigest()
+    assert resolve(resolved, [root], rights=allowed) == resolved
+    for changes, said in (
+        ({"path": "other.py"}, "it does not; check the spelling"),
+        ({"path": "/etc/mine.py"}, "expected a path below"),
+        ({"function": "reward"}, "expected a function 'reward'"),
+        ({"sha256": "0" * 64}, "as it was submitted"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            resolve(spec(**changes), [root], rights=allowed)
+
+
 def test_data_of_a_stage_need_an_earlier_filter_of_that_name(root: Path) -> None:
     kept = {"path": "stage:hard"}
     chosen = {"type": "filter", "name": "hard", "model": {"path": "model"}, "filter": {"data": {"path": "rl.jsonl"}}}
@@ -81,6 +113,48 @@ def test_data_of_a_stage_need_an_earlier_filter_of_that_name(root: Path) -> None
     assert problems(JOB_SPEC.validate_python(rl), root) == {"/grpo/data/path": said}
     itself = JOB_SPEC.validate_python(chosen | {"filter": {"data": kept}})
     assert problems(itself, root) == {"/filter/data/path": said}
+
+
+def test_a_gates_candidates_and_prompts_are_checked_and_its_winner_may_be_any(root: Path) -> None:
+    sft = {"objective": {"type": "ce"}, "data": {"path": "sft.jsonl"}, "steps": 1}
+    stages: list[dict[str, Any]] = [
+        {"type": "sft", "name": "ce", "model": {"path": "model"}, "sft": sft},
+        {
+            "type": "gate",
+            "name": "choose",
+            "candidates": [{"stage": "ce"}, {"path": "model"}],
+            "gate": {"data": {"path": "rl.jsonl"}},
+        },
+        {
+            "type": "rl",
+            "name": "rl",
+            "model": {"stage": "choose"},
+            "grpo": {"data": {"path": "rl.jsonl"}, "iterations": 1, "ledger": {"data": {"path": "rl.jsonl"}}},
+        },
+    ]
+    good = JOB_SPEC.validate_python({"type": "pipeline", "stages": stages})
+    resolved = resolve(good, [root])
+    assert isinstance(resolved, PipelineJob)
+    _, gate, rl = resolved.stages
+    assert [ref.label for ref in gate.candidates] == ["ce", str(root / "model")]
+    assert gate.gate.data.path == rl.grpo.ledger.data.path == str(root / "rl.jsonl")
+    assert [role.role for role in plan(good).stages[1].roles] == ["rollout", "reward", "reference"]
+
+    (root / "empty.jsonl").write_text('{"prompt": "1+1", "answer": ""}\n')
+    (root / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 1024}')
+    stages[1] |= {"candidates": [{"stage": "ce"}, {"path": "nowhere"}], "gate": {"data": {"path": "empty.jsonl"}}}
+    stages[2]["grpo"]["ledger"] = {"data": {"path": "empty.jsonl"}}
+    found = problems(JOB_SPEC.validate_python({"type": "pipeline", "stages": stages}), root)
+    assert set(found) == {
+        "/stages/1/candidates/1/path",
+        "/stages/1/gate/data/path",
+        "/stages/1/gate/sampling/max_tokens",
+        "/stages/2/grpo/ledger/data/path",
+        "/stages/2/grpo/max_tokens",
+    }
+    alone = JOB_SPEC.validate_python({**stages[1], "candidates": [{"stage": "ce"}], "gate": {"data": {"path": "rl.jsonl"}}})
+    said = "expected a model folder, since a job of one stage has no earlier ones, got stage 'ce'; give a path"
+    assert problems(alone, root) == {"/candidates/0/stage": said}
 
 
 def problems(spec: JobSpec, root: Path) -> dict[str, str]:

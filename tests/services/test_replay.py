@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_the_stage_is_found_with_all_that_it_needs(run: Path) -> None:
         assert found.model_path.name == "step-3"
         assert found.checkpoint.name == "step-2"
         assert [path.name for path in found.rollouts] == ["iteration-000001.parquet", "iteration-000002.parquet"]
+
+
+def test_behind_a_gate_it_is_the_winner_that_training_began_with(run: Path) -> None:
+    spec = json.loads((run.parent / "spec.json").read_text())
+    gate = {"type": "gate", "candidates": [{"path": "m"}, {"stage": "sft"}], "gate": {"data": {"path": "d"}}}
+    spec["stages"] = [spec["stages"][0], gate, spec["stages"][1] | {"model": {"stage": "gate"}}]
+    (run.parent / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(RecordingInvalid, match="checkpoint of stage 'gate'"):
+        replay.find_stage(run, "rl")
+    writer = RunWriter(run)
+    writer.event("promoted", "sft", stage="gate", candidate="sft", path=str(run / "stages" / "sft" / "checkpoints" / "step-3"))
+    writer.close()
+    assert replay.find_stage(run, "rl").model_path.name == "step-3"
 
 
 def test_what_cannot_be_replayed_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def random_llama(seed: int) -> LlamaForCausalLM:
+def random_llama(seed: int, *, tied: bool = True) -> LlamaForCausalLM:
     """Weights with a standard deviation of 0.15: next-token distributions differ, and bf16 rounding stays small."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -38,7 +38,7 @@ def random_llama(seed: int) -> LlamaForCausalLM:
         head_dim=32,
         max_position_embeddings=256,
         initializer_range=0.15,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -46,8 +46,8 @@ def random_llama(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
+def save_tiny_llama(folder: Path, seed: int = 0, *, tied: bool = True) -> Path:
     """Model and tokenizer as a Hugging Face folder."""
-    random_llama(seed).save_pretrained(folder)
+    random_llama(seed, tied=tied).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

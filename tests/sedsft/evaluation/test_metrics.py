@@ -75,6 +75,7 @@ def test_readiness_by_hand() -> None:
     assert figures["groups_with_variance"] == 0.5
     assert figures["distinct_answers"] == 2.0
     assert figures["token_entropy"] == pytest.approx(1.0)
+    assert figures["self_bleu"] == summarise(two_groups(), pass_k=())["self_bleu"]
     assert figures["group_size"] == 4
     assert figures["timeout"] == 1
 

@@ -2,7 +2,7 @@
 
 Trainer ranks, loop, recording and checkpoints are real. Instead of vLLM, transformers samples in this process from the weights
 that the ranks export, so that two runs of one seed draw the same tokens. A checkpoint is published in the iteration that saves
-it. In the middle of the phase it touches `<job>/stuck` and waits to be killed.
+it. In the middle of the phase it touches `<job>/stuck` and waits to be killed. Ranks die as `dying_workers` says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Never
 
@@ -23,13 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedsft.config import SamplingConfig
 from sedsft.records import Prompt, RolloutGroup, Sample, Score
+from services.driver import insist
 from services.jobspec import JOB_SPEC, RLStage
 from services.loops import grpo
 from services.loops.saving import CheckpointSaver
+from services.rollout.feed import Feed
 from services.rollout.fleet import prompt_seed
 from services.rollout.weight_sync import SyncReport
 from services.run import Run
-from services.training.policy_worker import PolicyWorker
+from tests.services.loops.dying_workers import DyingPolicyWorker
 
 UPDATES = 2
 """Optimizer steps of an iteration of the test's stage."""
@@ -45,7 +49,7 @@ def wait_for_the_end(job: Path) -> Never:
     raise SystemExit
 
 
-class StuckWorker(PolicyWorker):
+class StuckWorker(DyingPolicyWorker):
     """Rank 1 does not come back from the optimizer step that the file `stuck_step` beside the model names."""
 
     def setup(self, setup: Any) -> None:
@@ -71,12 +75,15 @@ class LocalEngines:
     def start(self, request: Any) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(request.model_path)
 
-    def next_version(self, at_least: int = 1) -> int:
-        self._version = max(self._version + 1, at_least)
+    def next_version(self) -> int:
+        self._version += 1
         return self._version
 
+    def use_version(self, version: int) -> None:
+        self._version = max(self._version, version)
+
     def pause(self, phase: str) -> None:
-        if self._stuck_in == (phase, self.iteration):
+        if self._stuck_in is not None and self._stuck_in[0] == phase and self.iteration >= self._stuck_in[1]:
             wait_for_the_end(self._job)
 
     def load(self, folder: Path, version: int) -> None:
@@ -92,6 +99,18 @@ class LocalEngines:
             self.pause("rollout")
         return groups
 
+    def stream(self, feed: Feed, group_size: int, sampling: SamplingConfig) -> None:
+        ended = False
+        while not ended:
+            ended = feed.ended
+            for ask in feed.take():
+                feed.put(ask, tuple(self._draw(ask.prompt, ask.seed + g, sampling.max_tokens) for g in range(group_size)))
+                self.pause("rollout")
+            time.sleep(0.01)
+
+    def halted(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     @torch.no_grad()
     def _draw(self, prompt: Prompt, seed: int, max_tokens: int) -> Sample:
         generator = torch.Generator().manual_seed(seed)
@@ -105,6 +124,9 @@ class LocalEngines:
         return Sample(drawn, tuple(log_probs), self._tokenizer.decode(drawn), True, self._loaded)
 
     def score(self, groups: Sequence[RolloutGroup], max_error_share: float) -> list[RolloutGroup]:
+        return self.scored(groups)
+
+    def scored(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         scored = []
         for group in groups:
             verdicts = [sum(sample.response_ids) % 3 for sample in group.samples]
@@ -124,7 +146,7 @@ class LocalSync:
         self._trainers.call("export_weights", target, timeout_s=60)
         self._engines.pause("sync")
         self._engines.load(target, version)
-        return SyncReport(version, 0.0, 0.0, (0.0,), ())
+        return SyncReport(version, 0.0, 0.0, (), ())
 
 
 class CountingRun(Run):
@@ -148,13 +170,13 @@ def main(job: Path, number: int, stuck_in: tuple[str, int] | None) -> None:
         (job / "stuck_step").write_text(str(stuck_in[1] * UPDATES))
     CheckpointSaver.poll = CheckpointSaver.wait  # type: ignore[method-assign]
     grpo.PolicyWorker = StuckWorker  # type: ignore[misc]
-    grpo._weight_sync = lambda config, folder, engines, trainers, prompts: LocalSync(engines, trainers, folder)  # type: ignore
+    grpo._weight_sync = lambda stage, folder, engines, trainers, prompts: LocalSync(engines, trainers, folder)  # type: ignore
     with tempfile.TemporaryDirectory(prefix="gk", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         ray.init(num_cpus=2, include_dashboard=False, _temp_dir=temporary, log_to_driver=False)
         run = CountingRun(job / f"attempt-{number}", stage)
         run.engines = engines
         with run.stage(0, stage.name) as folder:
-            grpo.run_grpo(run, stage, folder, engines)  # type: ignore[arg-type]
+            insist(run, partial(grpo.run_grpo, run, stage, folder, engines), lambda failure: None)  # type: ignore[arg-type]
         run.finish("succeeded", None)
         ray.shutdown()
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sedsft.records import Prompt, RolloutGroup, Sample, Score
 from services.errors import RecordingInvalid
-from services.loops.grpo import iteration_seed
 from services.loops.recording import Recording
+from services.loops.rounds import iteration_seed
 from services.rollout.fleet import prompt_seed
 from services.rollout_record import recorded_files
 from services.run import Run
@@ -43,6 +44,21 @@ def test_a_later_attempt_reads_what_an_earlier_one_wrote(runs: list[Run]) -> Non
     assert later.read(1) == [group("one")]
     assert events(runs[1], "rollouts_read") == [{"iteration": 1}]
     assert later.read(2) is None
+
+
+def test_seeds_and_first_version_are_read_without_the_rest(runs: list[Run]) -> None:
+    first = Recording(runs[0], "rl", IDENTITY)
+    two = replace(group("two"), samples=group("two").samples * 2, scores=group("two").scores * 2, seed=9)
+    first.write(1, [group("one"), two])
+    first.write(2, [group("one")])
+    later = Recording(runs[1], "rl", IDENTITY)
+    assert later.seeds() == {1: {7, 9}, 2: {7}}
+    assert later.first_version() == 1
+    path = recorded_files(runs[0].folder, "rl")[1]
+    path.write_bytes(path.read_bytes()[:-20])
+    assert later.seeds() == {2: {7}}
+    assert later.first_version() is None
+    assert first.first_version() is None
 
 
 def test_a_damaged_file_is_reported_and_written_anew(runs: list[Run]) -> None:

@@ -51,7 +51,7 @@ def test_an_rl_stage_goes_on_with_other_machines_but_not_with_other_settings(tmp
     model = save_tiny_llama(tmp_path / "model")
     stage = rl_stage(model)
     before = policy_identity_of(stage, model, PROMPTS)
-    same = rl_stage(model, checkpoints={"every_steps": 1, "keep": 5})
+    same = rl_stage(model, checkpoints={"every_steps": 1, "keep": 5}, ledger={"every_iterations": 3})
     same = same.model_copy(update={"rollout": same.rollout.model_copy(update={"workers": 7})})
     assert identity_diff(before, policy_identity_of(same, model, PROMPTS)) == ""
 

@@ -19,6 +19,7 @@ from services.actor_group import ActorGroup, ActorSpec
 from services.jobspec import RolloutResources
 from services.placement import reserve_member
 from services.rollout.fleet import RolloutFleet, rollout_spec
+from services.rollout.transport import WeightLoad
 from tests.services.tiny_llama import save_tiny_llama
 
 RESOURCES = RolloutResources(workers=2, cpus_per_worker=0.5, max_model_len=256, max_num_seqs=64)
@@ -27,7 +28,7 @@ RESOURCES = RolloutResources(workers=2, cpus_per_worker=0.5, max_model_len=256, 
 def serve(fleet: RolloutFleet, folder: Path, version: int = 0) -> None:
     """Load weights and take them for verified."""
     with fleet.exclusive():
-        for engine in fleet.load_weights(str(folder), version, timeout_s=60):
+        for engine in fleet.load_weights(WeightLoad.of_files(folder, version), timeout_s=60):
             fleet.judge(engine, agrees=True)
 
 

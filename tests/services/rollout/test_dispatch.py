@@ -225,3 +225,21 @@ def test_the_same_seed_gives_the_same_history() -> None:
     first, second = (SimulatedFleet(17) for _ in range(2))
     assert first.run().results() == second.run().results()
     assert first.counts == second.counts
+
+
+def test_prompts_that_come_later_are_numbered_on() -> None:
+    work = dispatcher(0)
+    assert work.done
+    work.add(2)
+    assert work.assign([A]) == [(A, 0), (A, 1)]
+    work.answer(A, 1, group())
+    work.add(1)
+    assert (work.missing, work.done) == (2, False)
+    assert work.assign([B]) == [(B, 2)]
+    work.lost(A)
+    assert work.assign([B]) == [(B, 0)]
+    for prompt in (0, 2):
+        work.answer(B, prompt, group())
+    work.check()
+    assert work.done
+    assert len(work.results()) == 3

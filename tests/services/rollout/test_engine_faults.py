@@ -22,6 +22,7 @@ from services.actor_group import ActorGroup, ActorSpec
 from services.jobspec import RolloutResources
 from services.rollout.fleet import RolloutFleet, rollout_spec
 from services.rollout.health import State
+from services.rollout.transport import FileTransport
 from services.rollout.weight_sync import WeightSync
 from tests.services.rollout.test_weight_sync import PROBE, trainer_of
 
@@ -57,7 +58,7 @@ class Bench:
         self.version += 1
         export, log_probs = trainer_of(seed)
         self.log_probs = log_probs
-        WeightSync(self.fleet, export, log_probs, self.folder, PROBE, 0.05).push(self.version)
+        WeightSync(self.fleet, FileTransport(export, self.folder), log_probs, PROBE, 0.05).push(self.version)
 
     def settle(self, engines: int, within_s: float = 200) -> None:
         """Wait until so many engines serve, and no other is there."""

@@ -28,6 +28,7 @@ from services.errors import WeightSyncMismatch, WorkerDied
 from services.jobspec import RolloutResources
 from services.rollout.fleet import RolloutFleet
 from services.rollout.health import State
+from services.rollout.transport import FileTransport
 from services.rollout.weight_sync import Pair, Probe, WeightSync
 from services.rollout.worker import GenerateRequest, RolloutSetup, RolloutWorker
 
@@ -42,14 +43,22 @@ SAMPLING = SamplingConfig(max_tokens=4)
 
 
 class StandIn:
-    """An engine whose one weight is a number in a file, and whose every log-probability is that number."""
+    """An engine whose one weight is a number in a file, and whose every log-probability is that number.
+
+    Files beside it tell how it fails: `broken` (loads nothing), `slow_load`, `slow_probe`, `lies` (how often it then says that
+    it holds an older version).
+    """
 
     max_model_len = 64
 
     def __init__(self) -> None:
         self.weight = float("nan")
+        self.folder: Path | None = None
+        self.lies = 0
 
     async def generate(self, request: GenerateRequest) -> list[tuple[Sample, ...]]:
+        if self.folder is not None and (self.folder / "slow_probe").exists():
+            await asyncio.sleep(30)
         await asyncio.sleep(random.Random(request.seeds[0]).uniform(0.01, 0.2))
         return [
             tuple(
@@ -59,9 +68,16 @@ class StandIn:
             for ids, seed in zip(request.prompts, request.seeds, strict=True)
         ]
 
-    async def load_weights(self, folder: str) -> None:
-        if not (Path(folder) / "broken").exists():
-            self.weight = float((Path(folder) / "weight").read_text())
+    async def load_weights(self, folder: str, version: int) -> int:
+        files = Path(folder)
+        if files != self.folder:
+            self.folder, self.lies = files, int((files / "lies").read_text()) if (files / "lies").exists() else 0
+        if (files / "slow_load").exists():
+            await asyncio.sleep(30)
+        if not (files / "broken").exists():
+            self.weight = float((files / "weight").read_text())
+        self.lies -= 1
+        return version - 1 if self.lies >= 0 else version
 
     async def heartbeat(self) -> None:
         return None
@@ -95,6 +111,8 @@ class Bench:
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     version: int = 0
     broken: bool = False
+    faults: dict[str, str] = field(default_factory=dict)
+    """Files that the next exports leave beside the weight."""
 
     def sync(self) -> None:
         self.version += 1
@@ -102,12 +120,12 @@ class Bench:
 
     def weight_sync(self) -> WeightSync:
         probe = Probe(PROMPTS[:4], SAMPLING, seed=3)
-        return WeightSync(self.fleet, self.export, self.log_probs, self.folder, probe, 0.05)
+        return WeightSync(self.fleet, FileTransport(self.export, self.folder), self.log_probs, probe, 0.05)
 
     def export(self, folder: Path) -> None:
         (folder / "weight").write_text(str(-self.version))
-        if self.broken:
-            (folder / "broken").touch()
+        for name, text in (self.faults | ({"broken": ""} if self.broken else {})).items():
+            (folder / name).write_text(text)
 
     def log_probs(self, pairs: list[Pair]) -> list[np.ndarray]:
         return [np.full(len(ids), -self.version, np.float32) for _, ids in pairs]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sedsft.config import RewardConfig
+from sedsft.config import CodeReward, RewardConfig
 from sedsft.grpo import group_advantages
 from sedsft.records import Score, ScoringItem
 from services.errors import RewardFailure
@@ -74,3 +75,26 @@ def test_a_scorer_that_cannot_start_is_a_failure_of_the_job(monkeypatch: pytest.
     with pytest.raises(RewardFailure, match="reward-4: expected a scoring process to be ready"):
         worker.start(RewardConfig(), 1)
     worker.stop()
+
+
+def test_code_of_ones_own_scores_and_its_faults_are_statuses(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, socket\n"
+        "def score(response, gold, data_source, response_tokens):\n"
+        "    if response == 'connect':\n"
+        "        socket.create_connection(('127.0.0.1', 1))\n"
+        "    if response == 'die':\n"
+        "        os._exit(1)\n"
+        "    while response == 'hang':\n"
+        "        pass\n"
+        "    return len(response) / 4\n"
+    )
+    worker = ScoringWorker(0)
+    worker.start(RewardConfig(components=(CodeReward(path=str(tmp_path / "mine.py")),), timeout_s=1.0), 2)
+    try:
+        scores = worker.score([ScoringItem("", response) for response in ("ab", "connect", "die", "hang", "abcd")])
+    finally:
+        worker.stop()
+    assert [score.status for score in scores] == ["scored", "invalid", "invalid", "timeout", "scored"]
+    assert [score.reward for score in scores if score.status == "scored"] == [0.5, 1.0]
+    assert "PermissionError" in scores[1].detail

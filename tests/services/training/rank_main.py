@@ -12,7 +12,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from services.training.sft_worker import SFTWorker
 TAU = 0.7
 OPTIMIZER = AdamWConfig(learning_rate=1e-3, weight_decay=0.1, warmup_steps=1, grad_clip=0.5)
 TEMPERATURE = 0.8
+EXPORT_BUCKET_BYTES = 40_000
 
 
 @dataclass(frozen=True)
@@ -307,6 +308,37 @@ def run_policy(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
     return record
 
 
+def run_export(case: Case, ranks: RankSetup, folder: Path) -> dict[str, Any]:
+    """The weights behind an update: streamed, exported in small buckets, and as a checkpoint keeps them."""
+    worker = start_policy(case, ranks)
+    shard = filled_rows(case)[ranks.rank :: ranks.world_size]
+    for step in (1, 2):
+        worker.update(shard, policy_denominator(case), step)
+    export = worker._engine.weight_export(EXPORT_BUCKET_BYTES)
+    gathered: list[int] = []
+
+    def counted(parameters: Sequence[torch.nn.Parameter]) -> Any:
+        sizes = [getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters]
+        gathered.append(sum(sizes) if len(sizes) > 1 else 0)
+        return whole(parameters)
+
+    whole, export._gather = export._gather, counted
+    specs = {spec.name: [spec.dtype, list(spec.shape)] for spec in export.specs()}
+    streamed = {name: tensor.clone().contiguous() for name, tensor in export.stream()}
+    # What a bucket gave stays as it was while the next ones are gathered: senders pack across them.
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in list(export.stream()))
+    # Every rank has them all; only the first keeps them.
+    assert specs == {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in streamed.items()}
+    if ranks.rank == 0:
+        save_file(streamed, folder / f"{case.name}.safetensors")
+    worker.export_weights(folder / case.name, EXPORT_BUCKET_BYTES)
+    worker.begin_save(folder / f"{case.name}-saved")
+    assert worker.saved(wait=True)
+    # The parameters are split again.
+    held = sum(p.numel() for p in worker._engine._model.parameters())
+    return {"gathered": gathered, "held": held, "names": list(specs), "as_in_files": export.as_in_files()}
+
+
 def main(folder: Path, rank: int) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     ranks = RankSetup(rank, plan["world_size"], "127.0.0.1", plan["port"])
@@ -318,6 +350,7 @@ def main(folder: Path, rank: int) -> None:
         "policy": run_policy,
         "policy_gradients": run_policy_gradients,
         "reference": run_reference,
+        "export": run_export,
     }
     for case in (Case(**values) for values in plan["cases"]):
         torch.manual_seed(0)
