@@ -10,7 +10,7 @@ import pytest
 from api.client import Client
 from tests.e2e.specs import REWARD, ROLLOUT, SCORER, ended, rl_stage, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_filtered_prompts_are_what_is_trained_on(client: Client) -> None:

@@ -11,7 +11,7 @@ import pytest
 from api.client import Client
 from tests.e2e.specs import REWARD, ROLLOUT, SCORER, ended, rl_stage, sft_stage, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def gate_stage(candidates: list[dict[str, str]], **changes: Any) -> dict[str, Any]:

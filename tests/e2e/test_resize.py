@@ -9,7 +9,7 @@ import pytest
 from api.client import ApiProblem, Client
 from tests.e2e.specs import ended, rl_stage, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def test_engines_come_and_go_while_training_goes_on(client: Client) -> None:
