@@ -45,6 +45,7 @@ REMEDIES: dict[BadRowKind, str] = {
     "no_assistant_turn": "add the response or remove the row",
     "no_end_token": "use a chat template that ends the assistant's turn with an end token",
     "no_trained_token": "label a token behind the first, or remove the row",
+    "no_self_match": "mend the gold answer: a response that repeats it would not be right",
     "no_turns": "add turns or remove the row",
     "not_a_problem": "mend the gold answer or choose another reward",
     "not_a_token_id": "write token ids as whole numbers of the vocabulary",
@@ -56,6 +57,7 @@ REMEDIES: dict[BadRowKind, str] = {
     "unclear_turns": "use a chat template with {% generation %} blocks, or rows with one assistant turn",
     "unknown_field": "remove the field; tool calls and images are not trained on",
     "unknown_role": "use the roles system, user and assistant",
+    "unparsable_gold": "mend the gold answer or choose another reward",
     "wrong_type": "write the value in the type that the layout has",
 }
 """What to do about rows of each kind."""

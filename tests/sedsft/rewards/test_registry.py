@@ -130,7 +130,8 @@ def test_distinct_valid_derivations_are_distinct_answers() -> None:
         ({"components": [{"type": "remote", "url": "ftp://host/"}]}, "String should match pattern"),
         ({"components": [{"type": "remote", "url": "http://user:secret@host/"}]}, "String should match pattern"),
         ({"components": [{"type": "remote", "url": "http://host/", "timeout_s": 2, "retries": 2}]}, "above the 6.3 s"),
-        ({"components": [{"type": "code", "source": "x"}]}, "does not match any of the expected tags"),
+        ({"components": [{"type": "code", "source": "x"}]}, "Field required"),
+        ({"components": [{"type": "shell"}]}, "does not match any of the expected tags"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], said: str) -> None:
