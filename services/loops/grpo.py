@@ -78,7 +78,7 @@ def run_grpo(run: Run, stage: RLStage, folder: Path, engines: Engines) -> None:
         start_policy(trainers, stage, model_path)
         if point is not None:
             trainers.call("resume", path, timeout_s=SETUP_TIMEOUT_S)
-        sync = _weight_sync(stage, folder, engines, trainers, prompts)
+        sync = policy_sync(stage, folder, engines.ready(), trainers, prompts)
         loop = _Iterations(run, stage, folder, engines, trainers, prompts, sync, info, ledger)
         try:
             loop.begin()
@@ -262,11 +262,6 @@ def _prompts(run: Run, config: GRPOConfig, model_path: Path) -> list[Prompt]:
     if encoded.dropped:
         run.event("rows_dropped", f"{len(encoded.dropped)} prompts are too long", lines=list(encoded.dropped))
     return list(encoded.prompts)
-
-
-def _weight_sync(stage: RLStage, folder: Path, engines: Engines, trainers: ActorGroup, prompts: Sequence[Prompt]) -> WeightSync:
-    """Tie trainers and engines together."""
-    return policy_sync(stage, folder, engines.ready(), trainers, prompts)
 
 
 def _readiness(run: Run, config: GRPOConfig, engines: Engines, prompts: Sequence[Prompt], folder: Path) -> None:
