@@ -26,6 +26,13 @@ def wait_for(client: TestClient, job_id: str, *statuses: str) -> Json:
     raise AssertionError(f"expected {statuses}, got {job['status']}: {job['status_reason']}")
 
 
+def wait_for_readiness(client: TestClient, status: int) -> None:
+    deadline = time.monotonic() + 10
+    while client.get("/readyz").status_code != status:
+        assert time.monotonic() < deadline, client.get("/readyz").json()
+        time.sleep(0.02)
+
+
 def problem(response: Any, status: int, code: str) -> Json:
     assert response.status_code == status, response.text
     assert response.headers["content-type"].startswith("application/problem+json")
@@ -177,14 +184,13 @@ def test_more_than_the_cluster_has_is_refused_with_the_numbers(client: TestClien
 
 def test_unreachable_ray_is_503_and_nothing_is_stored(client: TestClient, sft_job: Json, cluster: Any) -> None:
     cluster.reachable = False
-    time.sleep(0.1)
+    wait_for_readiness(client, 503)
     body = problem(client.post("/v1/jobs", json=sft_job), 503, "ray_unreachable")
     assert "start it" in body["detail"]
     assert client.get("/v1/jobs").json()["data"] == []
-    assert client.get("/readyz").status_code == 503
     assert "expected Ray to answer" in client.get("/readyz").json()["ray"]
     cluster.reachable = True
-    time.sleep(0.1)
+    wait_for_readiness(client, 200)
     assert client.get("/readyz").json() == {"status": "ok", "reconciler": "ok", "ray": "ok"}
 
 
