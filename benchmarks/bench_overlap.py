@@ -40,7 +40,7 @@ MODES: dict[str, dict[str, Any]] = {
     "one-step-off": {"mode": "one_step_off"},
     "async": {"mode": "async", "max_staleness": 2},
 }
-CORES = {"ray::PolicyWorker": 0, "ray::RolloutWorker": 1}
+CORES = {"ray::PolicyWorker": 0, "ray::RolloutWorker": 1, "VLLM::EngineCore": 1}
 PIN_EVERY_S = 0.2
 SECONDS = ("seconds_rollout", "seconds_score", "seconds_train", "seconds_sync")
 
@@ -83,7 +83,7 @@ def pinned() -> Iterator[None]:
             for process in psutil.Process().children(recursive=True):
                 # Processes and threads end while they are looked at.
                 with suppress(psutil.Error, OSError):
-                    core = next((core for name, core in CORES.items() if process.cmdline()[0].startswith(name)), None)
+                    core = next((core for name, core in CORES.items() if "".join(process.cmdline()[:1]).startswith(name)), None)
                     threads = [] if core is None else process.threads()
                     for thread in threads:
                         if (process.pid, thread.id) not in done:
